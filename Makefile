@@ -1,0 +1,51 @@
+# `make demo` and `make test` need Python 3.11+, gcc and git, and set up everything else in .venv.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+LOCKED := -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo smol test test-unit lint format bench clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP) ## the virtual environment with everything pinned
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing pinned packages into $(VENV) (a few minutes, once) ..."
+	@# Torch first: with its version fixed, nothing that follows asks for another build of it.
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(LOCKED) torch
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --disable-pip-version-check $(LOCKED) -e '.[dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP) ## images to a served, tracked model: the recipe `tiny` into runs/demo
+	@$(BIN)/python pipelines/demo.py
+
+smol: $(STAMP) ## real weights and real images on a laptop, into runs/smol (docs/smol.md)
+	@$(BIN)/python pipelines/fetch_smol.py --to runs/smol-assets
+	@$(BIN)/python pipelines/full.py --recipe smol --storage runs/smol
+
+test: $(STAMP) ## all tests
+	$(BIN)/python -m pytest
+
+test-unit: $(STAMP) ## only what is quick and starts no cluster
+	$(BIN)/python -m pytest -m "not slow and not ray"
+
+lint: $(STAMP) ## ruff, types and layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PYTHONPATH=platform $(BIN)/lint-imports
+
+format: $(STAMP) ## rewrite the sources as `make lint` wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## the figures of docs/benchmarks.md
+	$(BIN)/python benchmarks/features.py
+
+clean: ## forget runs/ (the virtual environment stays)
+	rm -rf runs

@@ -1,0 +1,8 @@
+"""The whole job: images in, a served-ready, registered model out. `--help` tells the rest."""
+
+import _bootstrap  # noqa: F401  (makes rayva importable)
+
+from rayva.orchestration.entry import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,53 @@
+"""`rayva ...`: local tools that need no cluster."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Sequence
+
+from rayva import __version__
+from rayva.commands import COMMANDS
+from rayva.errors import RayvaError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a subcommand. Returns its exit code; 2 for an error to mend, 130 when interrupted."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if not arguments or arguments[0] not in COMMANDS:
+        return _overview(arguments)
+    name = arguments[0]
+    module = importlib.import_module(COMMANDS[name][0])
+    parser = argparse.ArgumentParser(prog=f"rayva {name}", description=module.__doc__)
+    module.add_arguments(parser)
+    try:
+        return int(module.run(parser.parse_args(arguments[1:])))
+    except RayvaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _overview(arguments: Sequence[str]) -> int:
+    """Help, the version, or argparse's own complaint about an unknown command."""
+    parser = argparse.ArgumentParser(prog="rayva", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"rayva {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (_, about) in COMMANDS.items():
+        commands.add_parser(name, help=about)
+    if not arguments:
+        parser.print_help()
+        return 0
+    parser.parse_args(arguments)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,331 @@
+"""Shows how the rows of a LLaVA JSON file will be seen in training.
+
+For the first rows: the prompt, its tokens, and which of them are supervised. For all of them: lengths,
+the share of supervised tokens, and what will be truncated or rejected and why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal, TextIO, cast
+
+from rayva.data.json_rows import JsonRow, read_json_rows
+from rayva.data.llava_json import parse_row
+from rayva.data.locations import ImageFolder
+from rayva.data.quarantine import BadRow
+from rayva.data.schema import IMAGE_PLACEHOLDER, Role, Turn
+from rayva.text.conversation import (
+    BadConversation,
+    ImagePosition,
+    Message,
+    collapse_markers,
+    messages_from_turns,
+    place_image,
+)
+from rayva.text.encode import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, encode_sample
+from rayva.text.templates import TEMPLATE_NAMES, Template, get_template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Status = Literal["ok", "truncated", "rejected"]
+_BARS = 10
+_BAR_WIDTH = 40
+_SHOWN = 1500
+"""Characters of a prompt, and tokens of a row, that the report shows."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", metavar="DATA.json", help="LLaVA JSON or JSON Lines: a path or an fsspec URI")
+    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="folder or hub name of a tokenizer")
+    parser.add_argument("--template", required=True, choices=TEMPLATE_NAMES)
+    parser.add_argument("--json", action="store_true", help="one JSON object a row instead of a report")
+    parser.add_argument(
+        "--images", metavar="DIR", help="folder of the images; missing ones reject their rows"
+    )
+    parser.add_argument(
+        "--image-position",
+        choices=("data", "front", "random"),
+        default="front",
+        help="where images stand in their turns (default: front, as LLaVA 1.0 and later)",
+    )
+    parser.add_argument("--system", help="replaces the template's system message; '' leaves it out")
+    parser.add_argument("--max-tokens", type=int, default=2048, help="longest sequence (default: 2048)")
+    parser.add_argument(
+        "--image-tokens",
+        type=int,
+        default=256,
+        help="visual tokens of an image (default: 256, CLIP at 224 px)",
+    )
+    parser.add_argument("--rows", type=int, metavar="N", help="reads the first N rows only")
+    parser.add_argument("--show", type=int, default=3, metavar="N", help="rows shown in full (default: 3)")
+    parser.add_argument("--seed", type=int, default=0, help="of --image-position random")
+
+
+@dataclass(frozen=True, slots=True)
+class Inspected:
+    """One row as training will see it.
+
+    `length` counts the visual tokens too; `kept` of them are within the limit, and `supervised` of
+    those are learnt. A rejected row is encoded all the same where that can be done, so that one can
+    see what it holds.
+    """
+
+    row_id: str
+    encoded: Encoded
+    length: int
+    kept: int
+    supervised: int
+    status: Status
+    reason: str | None = None
+    detail: str = ""
+
+
+class Inspector:
+    """Encodes rows and tells what becomes of them."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: Template,
+        *,
+        image_position: ImagePosition = "front",
+        max_tokens: int = 2048,
+        image_tokens: int = 256,
+        images: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        self._tokenizer, self._template = tokenizer, template
+        self._position: ImagePosition = image_position
+        self._max_tokens, self._image_tokens = max_tokens, image_tokens
+        self._folder = ImageFolder(images) if images else None
+        self._rng = random.Random(seed)
+
+    def inspect(self, row: JsonRow) -> Inspected:
+        """Encodes one row; whatever is wrong with it becomes its status and reason."""
+        row_id, reason, detail = f"row-{row.index}", None, ""
+        if isinstance(row.value, dict) and row.value.get("id") not in (None, ""):
+            row_id = str(row.value["id"])
+        try:
+            self._check(row)
+        except BadRow as error:
+            reason, detail = error.reason, error.detail
+        try:
+            messages = place_image(_lenient_messages(row.value), self._position, self._rng)
+            encoded = encode_sample(messages, self._template, self._tokenizer)
+        except BadConversation as error:
+            reason, detail = reason or error.reason, detail or error.what
+            return Inspected(row_id, Encoded([], [], ""), 0, 0, 0, "rejected", reason, detail)
+        length, kept, supervised = self._measure(encoded)
+        if reason:
+            return Inspected(row_id, encoded, length, kept, supervised, "rejected", reason, detail)
+        if length <= self._max_tokens:
+            return Inspected(row_id, encoded, length, kept, supervised, "ok")
+        if IMAGE_TOKEN_INDEX not in encoded.input_ids:
+            # With images the cut depends on the vision tower: such rows are shown whole.
+            cut = slice(self._max_tokens)
+            encoded = Encoded(encoded.input_ids[cut], encoded.labels[cut], encoded.prompt)
+        detail = f"{length} tokens, {self._max_tokens} allowed"
+        return Inspected(row_id, encoded, length, kept, supervised, "truncated", "over_max_tokens", detail)
+
+    def _measure(self, encoded: Encoded) -> tuple[int, int, int]:
+        """Length with images in place, how much of it is kept, and how much of that is supervised."""
+        length = supervised = 0
+        for token_id, label in zip(encoded.input_ids, encoded.labels, strict=True):
+            length += self._image_tokens if token_id == IMAGE_TOKEN_INDEX else 1
+            supervised += label != IGNORE_INDEX and length <= self._max_tokens
+        return length, min(length, self._max_tokens), supervised
+
+    def _check(self, row: JsonRow) -> None:
+        """Raises BadRow where the data step would quarantine the row."""
+        if row.error:
+            raise BadRow("not_json", row.error)
+        parsed = parse_row(row.value)
+        if self._folder:
+            for image in parsed.images:
+                self._folder.resolve(image)
+
+
+def _lenient_messages(value: object) -> list[Message]:
+    """Messages of a row, even of one that will be rejected.
+
+    Where a row has more markers than images, a turn's repeated markers count once, as the original
+    reads them.
+
+    Raises:
+        BadConversation: there is no conversation to be found in the row.
+    """
+    turns = _lenient_turns(value)
+    images = value.get("image") if isinstance(value, dict) else None
+    n_images = len(images) if isinstance(images, list) else int(bool(images))
+    if not n_images:
+        return messages_from_turns(turns, 0)
+    markers = _count_markers(turns)
+    if markers > n_images:
+        turns = collapse_markers(turns)
+        markers = _count_markers(turns)
+    return messages_from_turns(turns, markers or n_images)
+
+
+def _count_markers(turns: Iterable[Turn]) -> int:
+    return sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "human")
+
+
+def _lenient_turns(value: object) -> list[Turn]:
+    listed = value.get("conversations") if isinstance(value, dict) else None
+    turns = listed if isinstance(listed, list) else []
+    if not all(isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in turns):
+        raise BadConversation("malformed_turn", "a turn is no object with a text `value`")
+    if any(_SURROGATE.search(turn["value"]) for turn in turns):
+        raise BadConversation("invalid_text", "a turn holds half a character (a lone surrogate)")
+    return [Turn(cast(Role, str(turn.get("from"))), turn["value"]) for turn in turns]
+
+
+def run(options: argparse.Namespace) -> int:
+    """Inspects the file; bad rows are part of the answer, not a failure."""
+    from rayva.model.language import load_tokenizer
+
+    tokenizer = load_tokenizer(options.tokenizer)
+    inspector = Inspector(
+        tokenizer,
+        get_template(options.template, tokenizer, options.system),
+        image_position=options.image_position,
+        max_tokens=options.max_tokens,
+        image_tokens=options.image_tokens,
+        images=options.images,
+        seed=options.seed,
+    )
+    rows = islice(read_json_rows(options.data, "DATA.json"), options.rows)
+    inspected = (inspector.inspect(row) for row in rows)
+    if options.json:
+        write_json(inspected, sys.stdout)
+    else:
+        write_report(inspected, sys.stdout, tokenizer, options.show, options.max_tokens)
+    return 0
+
+
+def write_json(rows: Iterable[Inspected], out: TextIO) -> None:
+    """One object a line: id, prompt, input_ids (image -200), labels (ignored -100), status, reason."""
+    for row in rows:
+        record = {
+            "id": row.row_id,
+            "prompt": row.encoded.prompt,
+            "input_ids": row.encoded.input_ids,
+            "labels": row.encoded.labels,
+            "status": row.status,
+            "reason": row.reason,
+        }
+        out.write(json.dumps(record) + "\n")
+
+
+@dataclass(slots=True)
+class _Totals:
+    rows: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    lengths: list[int] = field(default_factory=list)
+    truncated: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=Counter)
+
+    def add(self, row: Inspected) -> None:
+        self.rows += 1
+        if row.status == "rejected":
+            self.rejected[row.reason or ""] += 1
+            return
+        if row.status == "truncated":
+            self.truncated[row.reason or ""] += 1
+        self.lengths.append(row.length)
+        self.tokens += row.kept
+        self.supervised += row.supervised
+
+
+def write_report(
+    rows: Iterable[Inspected], out: TextIO, tokenizer: PreTrainedTokenizerBase, show: int, max_tokens: int
+) -> None:
+    """The first `show` rows in full, the first of each reason for trouble, then figures over all."""
+    marks = ("\033[32m", "\033[0m") if out.isatty() else ("{", "}")
+    totals = _Totals()
+    for row in rows:
+        first = row.reason and not (totals.truncated[row.reason] or totals.rejected[row.reason])
+        totals.add(row)
+        if totals.rows <= show or first:
+            out.writelines(f"{line}\n" for line in _row_lines(row, tokenizer, marks))
+    out.writelines(f"{line}\n" for line in _figures(totals, max_tokens))
+
+
+def _row_lines(row: Inspected, tokenizer: PreTrainedTokenizerBase, marks: tuple[str, str]) -> Iterator[str]:
+    why = f" ({row.reason}: {row.detail})" if row.reason else ""
+    yield f"== {row.row_id}: {row.status}{why}"
+    yield f"   {row.length} tokens with images, {row.supervised} supervised"
+    if not row.encoded.input_ids:
+        return
+    yield _printable(_clipped(row.encoded.prompt))
+    yield "-- tokens, the supervised ones " + ("in colour" if marks[0].startswith("\033") else "in { }")
+    yield _token_line(row.encoded, tokenizer, marks)
+    yield ""
+
+
+def _token_line(encoded: Encoded, tokenizer: PreTrainedTokenizerBase, marks: tuple[str, str]) -> str:
+    pieces = []
+    inside = False
+    for token_id, label in list(zip(encoded.input_ids, encoded.labels, strict=True))[:_SHOWN]:
+        supervised = label != IGNORE_INDEX
+        if supervised != inside:
+            pieces.append(marks[0] if supervised else marks[1])
+            inside = supervised
+        pieces.append(_token_text(token_id, tokenizer))
+    if inside:
+        pieces.append(marks[1])
+    hidden = len(encoded.input_ids) - _SHOWN
+    return " ".join([*pieces, f"... and {hidden:,} more"] if hidden > 0 else pieces)
+
+
+def _token_text(token_id: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    if token_id == IMAGE_TOKEN_INDEX:
+        return IMAGE_PLACEHOLDER
+    text: Any = tokenizer.convert_ids_to_tokens(token_id)
+    return _printable(str(text)).replace("\n", "\\n")
+
+
+def _clipped(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ... and {len(text) - _SHOWN:,} characters more"
+
+
+def _printable(text: str) -> str:
+    """`text` without what a terminal would obey."""
+    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+
+
+def _figures(totals: _Totals, max_tokens: int) -> Iterator[str]:
+    kept = len(totals.lengths)
+    yield f"{totals.rows:,} rows: {kept:,} usable, {totals.rejected.total():,} rejected"
+    for reason, count in totals.rejected.most_common():
+        yield f"  rejected {count:,}: {reason}"
+    for _, count in totals.truncated.most_common():
+        yield f"  truncated {count:,}: over {max_tokens:,} tokens with images"
+    if not kept:
+        return
+    share = 100 * totals.supervised / totals.tokens
+    yield f"{totals.tokens:,} tokens with images, {totals.supervised:,} ({share:.1f} %) supervised"
+    ordered = sorted(totals.lengths)
+    yield f"length: shortest {ordered[0]:,}, median {ordered[kept // 2]:,}, longest {ordered[-1]:,}"
+    yield from _histogram(ordered)
+
+
+def _histogram(ordered: list[int]) -> Iterator[str]:
+    low, high = ordered[0], ordered[-1]
+    width = max(1, -(-(high - low + 1) // _BARS))
+    counts = Counter((length - low) // width for length in ordered)
+    for index in range((high - low) // width + 1):
+        start = low + index * width
+        bar = "#" * -(-_BAR_WIDTH * counts[index] // max(counts.values()))
+        yield f"  {start:>7,} - {start + width - 1:>7,} {bar} {counts[index]:,}"

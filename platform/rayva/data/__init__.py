@@ -1,0 +1,1 @@
+"""Record schemas, readers and built-in datasets."""

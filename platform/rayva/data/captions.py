@@ -1,0 +1,180 @@
+"""Images with captions: a folder, a captions file, or a Parquet table, as both stages' samples.
+
+Stage 1 pairs each caption with a request for a brief description. Stage 2 has conversations about
+the same pictures: a description, and whether a given caption belongs to the picture. Held-out
+pictures are asked the same yes/no question, half of them with a caption of another picture, so that
+guessing without looking is right half of the time.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rayva.data.bundle import DatasetBundle, Lazy
+from rayva.data.caption_rows import CaptionRow, parse_row, read_rows
+from rayva.data.locations import ImageFolder
+from rayva.data.quarantine import BadRow, rejected
+from rayva.data.schema import IMAGE_PLACEHOLDER, ImageRecord, Question, Rejected, Sample, Split, Turn
+from rayva.data.splits import UniqueIds, held_out
+from rayva.errors import DataError, RecipeError
+from rayva.recipes.schema import Data
+
+MATCH_QUESTION = "Does this describe the picture: {caption}"
+"""Asked in training and by the gate alike."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """An image of the source without its bytes."""
+
+    image_id: str
+    split: Split
+    captions: tuple[str, ...]
+
+
+def build(data: Data, brief: Sequence[str], detailed: Sequence[str]) -> DatasetBundle:
+    """The tables of a recipe whose `data.source` is `captions`.
+
+    Captions are kept in memory, image bytes are not. Pictures are held out by the hash of their id.
+
+    Args:
+        brief, detailed: wordings of the request for a short, and for a full, description.
+
+    Raises:
+        RecipeError: `data.captions` is not set.
+        DataError: it names nothing that can be read as images with captions.
+    """
+    if not data.captions:
+        raise RecipeError(
+            "data.source is captions, but data.captions is not set",
+            "set data.captions=PATH (a folder with images and captions, or a Parquet table)",
+        )
+    source = data.captions
+    rejects: list[Rejected] = []
+    entries = [
+        _Entry(image_id, "test" if held_out(image_id, data.test_fraction) else "train", row.captions)
+        for image_id, _, row in _rows(source, rejects)
+    ]
+    train = [entry for entry in entries if entry.split == "train"]
+    test = [entry for entry in entries if entry.split == "test"]
+    return DatasetBundle(
+        images=Lazy(lambda: _images(source, data.test_fraction)),
+        pretrain=Lazy(lambda: _pretrain(train, brief, data.seed)),
+        finetune=Lazy(lambda: _finetune(train, brief, detailed, data)),
+        questions=Lazy(lambda: _questions(test, data.seed)),
+        rejected=rejects,
+    )
+
+
+def _rows(source: str, rejects: list[Rejected]) -> Iterator[tuple[str, str | None, CaptionRow]]:
+    """Usable rows as (image id, URI, row); the same ids each time."""
+    ids = UniqueIds()
+    usable = False
+    rows = read_rows(source)
+    folder = ImageFolder(rows.images)
+    for index, value, fault in rows.values:
+        name = f"row-{index}"
+        try:
+            if fault:
+                raise fault
+            row = parse_row(value)
+            name = ids.claim(row.row_id or row.image or name)
+            uri = folder.resolve(row.image) if row.image else None
+        except BadRow as bad:
+            rejects.append(rejected(source, name, bad))
+            continue
+        usable = True
+        yield name, uri, row
+    if not usable:
+        raise DataError(
+            f"data.captions = {source} holds no image with a caption",
+            "give a folder with captions.jsonl, captions.csv, captions.parquet or NAME.txt beside each "
+            "image, or a Parquet table with columns image (or path) and caption",
+        )
+
+
+def _images(source: str, test_fraction: float) -> Iterator[ImageRecord]:
+    for image_id, uri, row in _rows(source, []):
+        split: Split = "test" if held_out(image_id, test_fraction) else "train"
+        yield ImageRecord(image_id, split, uri, row.content, row.captions)
+
+
+def _pretrain(entries: list[_Entry], brief: Sequence[str], seed: int) -> Iterator[Sample]:
+    for entry in entries:
+        rng = random.Random(f"{seed}/pretrain/{entry.image_id}")
+        for number, caption in enumerate(entry.captions):
+            asked = f"{IMAGE_PLACEHOLDER}\n{rng.choice(brief)}"
+            turns = (Turn("human", asked), Turn("gpt", caption))
+            yield Sample(f"{entry.image_id}/caption-{number}", (entry.image_id,), turns, "caption")
+
+
+def _finetune(
+    entries: list[_Entry], brief: Sequence[str], detailed: Sequence[str], data: Data
+) -> Iterator[Sample]:
+    foreign = _OtherCaptions(entries)
+    for entry in entries:
+        for number in range(data.samples_per_image):
+            rng = random.Random(f"{data.seed}/finetune/{entry.image_id}/{number}")
+            several = len(entry.captions) > 1 and rng.random() < 0.5
+            if several:
+                described = (rng.choice(detailed), " ".join(_sentence(c) for c in entry.captions))
+            else:
+                described = (rng.choice(brief), rng.choice(entry.captions))
+            pairs = [described, (_match(rng.choice(entry.captions)), "Yes")]
+            other = foreign.draw(entry, rng)
+            if other is not None:
+                pairs.append((_match(other), "No"))
+            rng.shuffle(pairs)
+            kind = "detail" if several else "conversation"
+            yield Sample(f"{entry.image_id}/{kind}-{number}", (entry.image_id,), _turns(pairs), kind)
+
+
+def _questions(entries: list[_Entry], seed: int) -> Iterator[Question]:
+    foreign = _OtherCaptions(entries)
+    for entry in entries:
+        rng = random.Random(f"{seed}/question/{entry.image_id}")
+        other = foreign.draw(entry, rng)
+        if other is None:
+            continue  # a lone "yes" would unbalance the answers
+        for caption, answer in ((rng.choice(entry.captions), "yes"), (other, "no")):
+            yield Question(
+                f"{entry.image_id}/{answer}", entry.image_id, "grounding", answer, _match(caption), (answer,)
+            )
+
+
+class _OtherCaptions:
+    """Draws captions of other pictures."""
+
+    def __init__(self, entries: list[_Entry]) -> None:
+        self._entries = entries
+
+    def draw(self, entry: _Entry, rng: random.Random) -> str | None:
+        """A caption that `entry` does not have; None where a few draws find none."""
+        own = {_plain(caption) for caption in entry.captions}
+        for _ in range(20):
+            caption = rng.choice(rng.choice(self._entries).captions)
+            if _plain(caption) not in own:
+                return caption
+        return None
+
+
+def _plain(caption: str) -> str:
+    return caption.lower().rstrip(".! ")
+
+
+def _sentence(caption: str) -> str:
+    return caption if caption.endswith((".", "!", "?")) else f"{caption}."
+
+
+def _match(caption: str) -> str:
+    return MATCH_QUESTION.format(caption=_sentence(caption.replace(IMAGE_PLACEHOLDER, "")))
+
+
+def _turns(pairs: Sequence[tuple[str, str]]) -> tuple[Turn, ...]:
+    turns: list[Turn] = []
+    for number, (question, answer) in enumerate(pairs):
+        prefix = f"{IMAGE_PLACEHOLDER}\n" if number == 0 else ""
+        turns += [Turn("human", prefix + question), Turn("gpt", answer)]
+    return tuple(turns)

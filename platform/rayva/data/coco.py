@@ -1,0 +1,164 @@
+"""COCO captions and boxes as image records: the symbolic representation that teachers read.
+
+Two forms: COCO's own annotation files (captions_*.json with instances_*.json), and JSON Lines of
+{id, image, captions, instances: [{category, bbox}]} with boxes that are normalised already.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from rayva.data.json_rows import read_json_rows
+from rayva.data.locations import ImageFolder, open_input
+from rayva.data.quarantine import BadRow, checked_text, rejected
+from rayva.data.schema import ImageRecord, Instance, Rejected, Split
+from rayva.errors import DataError
+
+Box = tuple[float, float, float, float]
+MAX_PIXELS = 1e7
+"""No picture has a longer side; this also keeps NaN and infinity out."""
+
+
+def read_coco(
+    captions: str, instances: str | None, images: str, split: Split, rejects: list[Rejected]
+) -> Iterator[ImageRecord]:
+    """Joins COCO's captions and instances by image.
+
+    Crowd regions are left out, because their boxes cover several objects. An image without usable
+    annotations, or whose file is missing, is added to `rejects`.
+
+    Args:
+        captions, instances: paths or URIs of the annotation files; boxes are optional.
+        images: the folder that holds the pictures.
+
+    Raises:
+        DataError: a file is missing, not JSON, or not in COCO's form.
+    """
+    listed, captions_of = _annotations(captions, "captions")
+    boxes_of: dict[str, list[dict[str, Any]]] = {}
+    names: dict[str, str] = {}
+    if instances is not None:
+        more, boxes_of = _annotations(instances, "instances")
+        names = {str(c.get("id")): str(c.get("name")) for c in _section(instances, more, "categories")}
+    folder = ImageFolder(images)
+    for image in _section(captions, listed, "images"):
+        row_id = str(image.get("id"))
+        try:
+            yield _record(image, captions_of, boxes_of, names, folder, split)
+        except BadRow as error:
+            rejects.append(rejected(captions, row_id, error))
+
+
+def read_caption_boxes(uri: str, images: str, split: Split, rejects: list[Rejected]) -> Iterator[ImageRecord]:
+    """Reads JSON Lines of {id, image, captions, instances} with normalised boxes.
+
+    Raises:
+        DataError: the file is missing or not JSON.
+    """
+    folder = ImageFolder(images)
+    for row in read_json_rows(uri, "captions with boxes"):
+        try:
+            if row.error or not isinstance(row.value, dict):
+                raise BadRow("not_json" if row.error else "not_an_object", row.error)
+            yield _record_of_row(row.value, folder, split)
+        except BadRow as error:
+            rejects.append(rejected(uri, f"row-{row.index}", error))
+
+
+def normalise_box(bbox: object, width: object, height: object) -> Box:
+    """COCO's [x, y, width, height] in pixels as (x1, y1, x2, y2) in [0, 1], clipped to the picture."""
+    sides = [_number(v) for v in (width, height)]
+    if not isinstance(bbox, (list, tuple)) or len(bbox) != 4 or min(sides) <= 0:
+        raise BadRow("bad_box", f"{bbox!r} in a picture of {width!r} x {height!r}")
+    x, y, w, h = (_number(v) for v in bbox)
+    return _valid((x / sides[0], y / sides[1], (x + w) / sides[0], (y + h) / sides[1]))
+
+
+def _record(
+    image: dict[str, Any],
+    captions_of: dict[str, list[dict[str, Any]]],
+    boxes_of: dict[str, list[dict[str, Any]]],
+    names: dict[str, str],
+    folder: ImageFolder,
+    split: Split,
+) -> ImageRecord:
+    if not isinstance(image.get("file_name"), str):
+        raise BadRow("bad_image_field", "the image has no file_name")
+    key = str(image.get("id"))
+    texts = tuple(str(a.get("caption", "")).strip() for a in captions_of.get(key, ()))
+    found: list[Instance] = []
+    for annotation in boxes_of.get(key, ()):
+        if annotation.get("iscrowd"):
+            continue
+        name = names.get(str(annotation.get("category_id")))
+        if name is None:
+            raise BadRow("unknown_category", f"category_id {annotation.get('category_id')!r}")
+        box = normalise_box(annotation.get("bbox"), image.get("width"), image.get("height"))
+        found.append(Instance(checked_text(name), box))
+    return _complete(image["file_name"], texts, found, folder, split)
+
+
+def _record_of_row(row: dict[str, Any], folder: ImageFolder, split: Split) -> ImageRecord:
+    captions, instances = row.get("captions"), row.get("instances", [])
+    if not isinstance(row.get("image"), str):
+        raise BadRow("bad_image_field", "the row has no `image`")
+    if not isinstance(captions, list) or not isinstance(instances, list):
+        raise BadRow("malformed_row", "`captions` and `instances` must be lists")
+    found = []
+    for instance in instances:
+        if not isinstance(instance, dict) or not isinstance(instance.get("category"), str):
+            raise BadRow("unknown_category", f"{instance!r} has no category")
+        box = instance.get("bbox")
+        if not isinstance(box, list) or len(box) != 4:
+            raise BadRow("bad_box", f"{box!r} is no box")
+        x1, y1, x2, y2 = (_number(v) for v in box)
+        found.append(Instance(checked_text(instance["category"]), _valid((x1, y1, x2, y2))))
+    return _complete(row["image"], tuple(str(c).strip() for c in captions), found, folder, split)
+
+
+def _complete(
+    name: str, captions: tuple[str, ...], instances: list[Instance], folder: ImageFolder, split: Split
+) -> ImageRecord:
+    texts = tuple(checked_text(text) for text in captions if text)
+    if not texts:
+        raise BadRow("no_caption", f"{name} has no caption")
+    return ImageRecord(name, split, folder.resolve(name), captions=texts, instances=tuple(instances))
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise BadRow("bad_box", f"{value!r} is no number")
+    if not -MAX_PIXELS < value < MAX_PIXELS:
+        raise BadRow("bad_box", "a coordinate is out of all proportion")
+    return float(value)
+
+
+def _valid(box: Box) -> Box:
+    x1, y1, x2, y2 = (min(1.0, max(0.0, v)) for v in box)
+    if not (x1 < x2 and y1 < y2):
+        raise BadRow("bad_box", f"{box} has no area inside the picture")
+    return (x1, y1, x2, y2)
+
+
+def _annotations(uri: str, what: str) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    with open_input(uri, f"COCO {what}") as file:
+        try:
+            content = json.load(file)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{uri} is not JSON: {error}", f"give COCO's {what} file") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{uri} is no COCO file", f"give COCO's {what} file")
+    by_image: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for annotation in _section(uri, content, "annotations"):
+        by_image[str(annotation.get("image_id"))].append(annotation)
+    return content, by_image
+
+
+def _section(uri: str, content: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    section = content.get(name)
+    if not isinstance(section, list) or not all(isinstance(item, dict) for item in section):
+        raise DataError(f"{uri} has no list `{name}`", "give an annotation file in COCO's form")
+    return section

@@ -1,0 +1,230 @@
+"""LLaVA's own data format: JSON or JSON Lines of {id, image, conversations}.
+
+LCS-558K, mix665k and the ScienceQA conversions load unchanged: rows without image, rows with several
+images, ids that are missing or repeated. Rows that cannot be used are quarantined with a reason.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from rayva.data.bundle import DatasetBundle, Lazy
+from rayva.data.json_rows import read_json_rows
+from rayva.data.locations import ImageFolder, absolute, parent
+from rayva.data.quarantine import BadRow, checked_text, rejected
+from rayva.data.schema import (
+    IMAGE_PLACEHOLDER,
+    ImageRecord,
+    Question,
+    Rejected,
+    Role,
+    Sample,
+    Split,
+    Turn,
+)
+from rayva.data.splits import UniqueIds, held_out
+from rayva.errors import RecipeError
+from rayva.recipes.schema import Data
+
+SHORT_ANSWER_WORDS = 5
+"""Longer answers cannot be graded by comparing words, so they make no questions for the gate."""
+
+
+@dataclass(frozen=True, slots=True)
+class LlavaRow:
+    """A row that can be used, with its images as they are named in the file."""
+
+    row_id: str | None
+    images: tuple[str, ...]
+    turns: tuple[Turn, ...]
+
+
+def parse_row(value: object) -> LlavaRow:
+    """Checks one row of LLaVA JSON.
+
+    A leading `gpt` turn is left out, as the original does, because it answers nothing. Rows without
+    images may hold the text `<image>`; in rows with images every `<image>` needs its image.
+
+    Raises:
+        BadRow: with reason "not_an_object", "no_conversations", "malformed_turn", "unknown_role",
+            "roles_do_not_alternate", "empty", "no_answer", "invalid_text", "bad_image_field",
+            "more_images_in_text_than_given" or "more_images_given_than_in_text".
+    """
+    if not isinstance(value, dict):
+        raise BadRow("not_an_object", f"the row is a {type(value).__name__}")
+    turns = _parse_turns(value.get("conversations"))
+    images = _parse_images(value.get("image"))
+    _check_markers(turns, len(images))
+    if not images and not turns[0].text.strip():
+        raise BadRow("empty", "the first question is empty and there is no image")
+    row_id = value.get("id")
+    usable = isinstance(row_id, (str, int)) and not isinstance(row_id, bool) and str(row_id)
+    return LlavaRow(checked_text(str(row_id)) if usable else None, images, turns)
+
+
+def build(data: Data) -> DatasetBundle:
+    """The tables of a recipe whose `data.source` is `llava`.
+
+    Images are split by the hash of their name, so that a picture that both files use is on the same
+    side. Held-out pictures are not trained on; rows of the stage-2 file about one such picture whose
+    first answer is at most five words long become questions (task "grounding").
+
+    Raises:
+        RecipeError: a file is not named in the recipe.
+        DataError: a file is missing or not JSON.
+    """
+    for setting in ("pretrain_json", "finetune_json"):
+        if not getattr(data, setting):
+            raise RecipeError(
+                f"data.source is llava, but data.{setting} is not set",
+                f"set data.{setting}=PATH (a LLaVA JSON file or JSON Lines; both stages may use one file)",
+            )
+    rejects: list[Rejected] = []
+    pretrain, finetune = _File("pretrain", data), _File("finetune", data)
+    return DatasetBundle(
+        images=Lazy(lambda: _images(pretrain, finetune)),
+        pretrain=Lazy(lambda: (row.sample for row in pretrain.rows(rejects) if row.split == "train")),
+        finetune=Lazy(lambda: (row.sample for row in finetune.rows(rejects) if row.split == "train")),
+        questions=Lazy(lambda: _questions(finetune)),
+        rejected=rejects,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Located:
+    """A row whose images exist; `uris` belong to the sample's image ids, one by one."""
+
+    sample: Sample
+    uris: tuple[str, ...]
+    split: Split
+
+
+class _File:
+    """The LLaVA JSON of one stage with its image folder."""
+
+    def __init__(self, stage: Literal["pretrain", "finetune"], data: Data) -> None:
+        files = {"pretrain": data.pretrain_json, "finetune": data.finetune_json}
+        folders = {"pretrain": data.pretrain_images, "finetune": data.finetune_images}
+        self.setting = f"data.{stage}_json"
+        self.uri = str(files[stage])
+        self._folder = ImageFolder(folders[stage] or parent(self.uri))
+        self._test_fraction = data.test_fraction
+        # Two folders may use one name for two pictures: then stage 1's get ids of their own.
+        roots = {absolute(folders[s] or parent(str(files[s]))) for s in files}
+        self._prefix = "pretrain://" if stage == "pretrain" and len(roots) > 1 else ""
+
+    def rows(self, rejects: list[Rejected]) -> Iterator[_Located]:
+        """The usable rows; the others are added to `rejects`."""
+        ids = UniqueIds()
+        for row in read_json_rows(self.uri, self.setting):
+            name = f"row-{row.index}"
+            try:
+                if row.error:
+                    raise BadRow("not_json", row.error)
+                parsed = parse_row(row.value)
+                name = ids.claim(parsed.row_id or name)
+                yield self._locate(name, parsed)
+            except BadRow as error:
+                rejects.append(rejected(self.uri, name, error))
+
+    def _locate(self, sample_id: str, row: LlavaRow) -> _Located:
+        uris = tuple(self._folder.resolve(image) for image in row.images)
+        test = any(held_out(_normal(image), self._test_fraction) for image in row.images)
+        image_ids = tuple(self._image_id(image) for image in row.images)
+        return _Located(Sample(sample_id, image_ids, row.turns), uris, "test" if test else "train")
+
+    def _image_id(self, name: str) -> str:
+        return name if "://" in name or os.path.isabs(name) else self._prefix + _normal(name)
+
+
+def _normal(name: str) -> str:
+    return name.removeprefix("./")
+
+
+def _images(*files: _File) -> Iterator[ImageRecord]:
+    """Every image that a training sample or a question uses, once."""
+    seen: set[str] = set()
+    for file in files:
+        for row in file.rows([]):
+            if row.split == "test" and (file.setting != "data.finetune_json" or _question(row) is None):
+                continue
+            for image_id, uri in zip(row.sample.image_ids, row.uris, strict=True):
+                if image_id not in seen:
+                    seen.add(image_id)
+                    yield ImageRecord(image_id, row.split, uri=uri)
+
+
+def _questions(file: _File) -> Iterator[Question]:
+    for row in file.rows([]):
+        if row.split == "test" and (question := _question(row)):
+            yield question
+
+
+def _question(row: _Located) -> Question | None:
+    """The row's first exchange as a question, where it is about one image and its answer is short.
+
+    Later exchanges may lean on earlier ones, so they are not asked on their own.
+    """
+    asked, answer = row.sample.turns[0].text, row.sample.turns[1].text.strip()
+    text = asked.replace(IMAGE_PLACEHOLDER, "").strip()
+    if len(row.uris) != 1 or not text or len(answer.split()) > SHORT_ANSWER_WORDS:
+        return None
+    return Question(
+        question_id=row.sample.sample_id,
+        image_id=row.sample.image_ids[0],
+        task="grounding",
+        kind=_answer_kind(answer),
+        question=text,
+        accepted=(answer,),
+    )
+
+
+def _answer_kind(answer: str) -> str:
+    word = answer.lower().rstrip(".")
+    if word in ("yes", "no"):
+        return "yes_no"
+    return "number" if word.replace(".", "").replace(",", "").isdecimal() else "other"
+
+
+def _parse_turns(value: object) -> tuple[Turn, ...]:
+    if not isinstance(value, list) or not value:
+        raise BadRow("no_conversations", "`conversations` is missing, empty, or no list")
+    turns: list[Turn] = []
+    for number, turn in enumerate(value):
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            raise BadRow("malformed_turn", f"turn {number} is no object with a text `value`")
+        role = turn.get("from")
+        if role not in ("human", "gpt"):
+            raise BadRow("unknown_role", f"turn {number} is from {role!r}, not human or gpt")
+        if number == 0 and role == "gpt":
+            continue
+        if role != ("human", "gpt")[len(turns) % 2]:
+            raise BadRow("roles_do_not_alternate", f"turn {number} is from {role} again")
+        if role == "gpt" and not turn["value"].strip():
+            raise BadRow("empty", f"turn {number}, an answer, is empty")
+        turns.append(Turn(cast(Role, role), checked_text(turn["value"])))
+    if len(turns) < 2:
+        raise BadRow("no_answer", "no question has an answer")
+    return tuple(turns)
+
+
+def _parse_images(value: object) -> tuple[str, ...]:
+    if value is None or value == "":
+        return ()
+    names: list[str] = []
+    for name in value if isinstance(value, list) else [value]:
+        if not isinstance(name, str) or not name.strip():
+            raise BadRow("bad_image_field", f"`image` holds {name!r}, which is no file name")
+        names.append(checked_text(name))
+    return tuple(names)
+
+
+def _check_markers(turns: tuple[Turn, ...], images: int) -> None:
+    markers = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "human")
+    if images and markers > images:
+        raise BadRow("more_images_in_text_than_given", f"{markers} {IMAGE_PLACEHOLDER} for {images} images")
+    if 0 < markers < images:
+        raise BadRow("more_images_given_than_in_text", f"{markers} {IMAGE_PLACEHOLDER} for {images} images")

@@ -1,0 +1,1 @@
+"""Evaluation: held-out questions, scores, the promotion gate and the report."""

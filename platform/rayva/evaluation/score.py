@@ -1,0 +1,38 @@
+"""Whether an answer is right, and how sure a share of right answers is."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Iterable
+
+_ARTICLES = {"a", "an", "the"}
+_Z_95 = 1.959963984540054
+"""Standard normal quantile of a two-sided 95 % interval."""
+
+
+def normalise(text: str) -> str:
+    """`text` without case, punctuation, articles and extra space, for comparison.
+
+    A text of nothing but punctuation or articles is kept: "#" is a name too.
+    """
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    plain = "".join(" " if unicodedata.category(char).startswith("P") else char for char in folded)
+    words = [word for word in plain.split() if word not in _ARTICLES]
+    return " ".join(words) or " ".join(folded.split())
+
+
+def is_right(answer: str, accepted: Iterable[str]) -> bool:
+    """Whether `answer`, normalised, equals one of `accepted`. An empty answer never is."""
+    given = normalise(answer)
+    return given != "" and any(given == normalise(right) for right in accepted)
+
+
+def wilson(right: int, total: int) -> tuple[float, float]:
+    """95 % confidence interval (Wilson) of the probability behind `right` of `total`; (0, 1) of nothing."""
+    if total == 0:
+        return 0.0, 1.0
+    share, z2 = right / total, _Z_95**2
+    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
+    half = _Z_95 / (1 + z2 / total) * math.sqrt(share * (1 - share) / total + z2 / (4 * total**2))
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -1,0 +1,253 @@
+"""A symbolic teacher: writes the paper's three response types from captions and boxes alone.
+
+It stands where GPT-4 stands in the paper (section 3): it never sees the picture, only the symbolic
+representation, and answers with conversations, detailed descriptions and complex reasoning. It
+needs no network and is exact, so that a model trained on its words can be graded.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from rayva.data.places import PHRASES, place_name
+from rayva.data.schema import IMAGE_PLACEHOLDER, ImageRecord, Instance, Turn
+
+ResponseType = Literal["conversation", "detail", "complex"]
+
+COLORS = [
+    "red",
+    "orange",
+    "yellow",
+    "green",
+    "blue",
+    "purple",
+    "pink",
+    "brown",
+    "black",
+    "white",
+    "gray",
+    "grey",
+    "silver",
+    "golden",
+]
+COMMON_COLORS = COLORS[:6]
+COMMON_SHAPES = ("circle", "square", "triangle", "star")
+"""What is asked for when the answer is to be "no"."""
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+LARGE_SIDE = 0.24
+"""Boxes whose longer side exceeds this share of the picture are called large."""
+
+
+@dataclass(frozen=True, slots=True)
+class Thing:
+    """What an instance tells about one object."""
+
+    name: str
+    noun: str
+    color: str | None
+    size: str
+    x: float
+    y: float
+    box: tuple[float, float, float, float]
+
+    @property
+    def place(self) -> str:
+        """Which ninth of the picture holds the centre, in words."""
+        return place_name(self.x, self.y)
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionAnswer:
+    """A question that the symbolic representation settles, with its short answer."""
+
+    kind: str
+    question: str
+    answer: str
+
+
+def _thing(instance: Instance) -> Thing:
+    x1, y1, x2, y2 = instance.bbox
+    first, _, rest = instance.category.partition(" ")
+    color = first if rest and first in COLORS else None
+    size = "large" if max(x2 - x1, y2 - y1) > LARGE_SIDE else "small"
+    noun = rest if color else instance.category
+    return Thing(instance.category, noun, color, size, (x1 + x2) / 2, (y1 + y2) / 2, instance.bbox)
+
+
+def _plural(noun: str) -> str:
+    return noun + ("es" if noun.endswith(("s", "sh", "ch", "x")) else "s")
+
+
+def _article(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def _number(n: int) -> str:
+    return NUMBERS[n] if n < len(NUMBERS) else str(n)
+
+
+def _unique(things: list[Thing], key: Callable[[Thing], str | None]) -> list[Thing]:
+    counts = Counter(key(t) for t in things)
+    return [t for t in things if key(t) is not None and counts[key(t)] == 1]
+
+
+def _named(things: list[Thing]) -> list[Thing]:
+    """The things that their names tell from all others."""
+    return _unique(things, lambda t: t.name)
+
+
+def _ask_color(things: list[Thing], rng: random.Random) -> QuestionAnswer | None:
+    named = [t for t in _unique(things, lambda t: t.noun) if t.color]
+    if not named:
+        return None
+    thing = rng.choice(named)
+    return QuestionAnswer("color", f"What color is the {thing.noun}?", str(thing.color))
+
+
+def _ask_kind(things: list[Thing], rng: random.Random) -> QuestionAnswer | None:
+    named = _unique(things, lambda t: t.color)
+    if not named:
+        return None
+    thing = rng.choice(named)
+    return QuestionAnswer("kind", f"What is the {thing.color} object?", thing.noun)
+
+
+def _ask_at(things: list[Thing], rng: random.Random) -> QuestionAnswer | None:
+    placed = _unique(things, lambda t: t.place)
+    if not placed:
+        return None
+    thing = rng.choice(placed)
+    return QuestionAnswer("object", f"What is {PHRASES[thing.place]}?", thing.name)
+
+
+def _ask_place(things: list[Thing], rng: random.Random) -> QuestionAnswer | None:
+    named = _named(things)
+    if not named:
+        return None
+    thing = rng.choice(named)
+    return QuestionAnswer("place", f"Where is the {thing.name}?", thing.place)
+
+
+def _ask_count(things: list[Thing], rng: random.Random) -> QuestionAnswer | None:
+    if rng.random() < 0.5:
+        return QuestionAnswer("count", "How many objects are there?", _number(len(things)))
+    noun = rng.choice(sorted({t.noun for t in things}))
+    count = sum(t.noun == noun for t in things)
+    return QuestionAnswer("count", f"How many {_plural(noun)} are there?", _number(count))
+
+
+def _ask_existence(things: list[Thing], rng: random.Random) -> QuestionAnswer | None:
+    """Half of the answers are "no"; what is asked for then is drawn as if it could be there."""
+    colors = {t.color for t in things if t.color}
+    nouns = {t.noun for t in things}
+    present = rng.random() < 0.5
+    if colors and rng.random() < 0.5:
+        pool = sorted(colors) if present else [c for c in COMMON_COLORS if c not in colors]
+        asked = f"Is there anything {rng.choice(pool)}?"
+    else:
+        known = COMMON_SHAPES if nouns <= set(COMMON_SHAPES) else ()
+        pool = sorted(nouns) if present else [n for n in known if n not in nouns]
+        if not pool:
+            return None
+        asked = f"Is there {_article(rng.choice(pool))}?"
+    return QuestionAnswer("existence", asked, "yes" if present else "no")
+
+
+def _ask_size(things: list[Thing], rng: random.Random) -> QuestionAnswer | None:
+    named = _named(things)
+    if not named:
+        return None
+    thing = rng.choice(named)
+    return QuestionAnswer("size", f"Is the {thing.name} small or large?", thing.size)
+
+
+ASKERS: dict[str, Callable[[list[Thing], random.Random], QuestionAnswer | None]] = {
+    "color": _ask_color,
+    "kind": _ask_kind,
+    "object": _ask_at,
+    "place": _ask_place,
+    "count": _ask_count,
+    "existence": _ask_existence,
+    "size": _ask_size,
+}
+
+
+def questions(record: ImageRecord, rng: random.Random, most: int) -> list[QuestionAnswer]:
+    """Up to `most` different questions about `record`, of kinds drawn at random."""
+    things = [_thing(i) for i in record.instances]
+    found: dict[str, QuestionAnswer] = {}
+    for _ in range(4 * most):
+        if not things or len(found) == most:
+            break
+        asked = ASKERS[rng.choice(tuple(ASKERS))](things, rng)
+        if asked:
+            found.setdefault(asked.question, asked)
+    return list(found.values())
+
+
+def _describe(thing: Thing) -> str:
+    return f"{_article(f'{thing.size} {thing.name}')} {PHRASES[thing.place]}"
+
+
+def detail(record: ImageRecord, rng: random.Random) -> str:
+    """A description of every object, in random order: each attribute must be looked up by the others."""
+    things = [_thing(i) for i in record.instances]
+    if not things:
+        return rng.choice(record.captions)
+    rng.shuffle(things)
+    head = "There is one object" if len(things) == 1 else f"There are {_number(len(things))} objects"
+    return f"{head}: " + ", ".join(_describe(t) for t in things) + "."
+
+
+def complex_reasoning(record: ImageRecord, rng: random.Random) -> QuestionAnswer | None:
+    """A question whose answer takes a step of reasoning, with the step written out."""
+    things = [_thing(i) for i in record.instances]
+    named = _named(things)
+    if not named:
+        return None
+    gone = rng.choice(named)
+    if len(things) < 2 or rng.random() < 0.5:
+        now, left = _number(len(things)), _number(len(things) - 1)
+        question = f"How many objects would be left without the {gone.name}?"
+        answer = f"There are {now} objects now. Without the {gone.name} {left} would be left."
+        return QuestionAnswer("complex", question, answer)
+    others = [t for t in things if t is not gone]
+    nearest = min(others, key=lambda t: (t.x - gone.x) ** 2 + (t.y - gone.y) ** 2)
+    answer = (
+        f"The {gone.name} is {PHRASES[gone.place]} and the {nearest.name} is {PHRASES[nearest.place]}, "
+        f"so the {nearest.name} is the nearest."
+    )
+    return QuestionAnswer("complex", f"Which object is the nearest to the {gone.name}?", answer)
+
+
+DETAIL_QUESTIONS = (
+    "Describe the picture in detail.",
+    "What can be seen in this picture?",
+    "Give a full description of the picture.",
+)
+
+
+def respond(record: ImageRecord, kind: ResponseType, seed: int, most: int = 3) -> tuple[Turn, ...]:
+    """One conversation of `kind` about `record`; an empty tuple where its boxes allow none.
+
+    The same record, kind and seed give the same words. Conversations have up to `most` questions; the
+    image's place is in front of the first turn.
+    """
+    rng = random.Random(f"{seed}/{kind}/{record.image_id}")
+    pairs: list[tuple[str, str]]
+    if kind == "conversation":
+        pairs = [(q.question, q.answer) for q in questions(record, rng, most)]
+    elif kind == "detail":
+        pairs = [(rng.choice(DETAIL_QUESTIONS), detail(record, rng))]
+    else:
+        asked = complex_reasoning(record, rng)
+        pairs = [(asked.question, asked.answer)] if asked else []
+    written: list[Turn] = []
+    for number, (question, answer) in enumerate(pairs):
+        prefix = f"{IMAGE_PLACEHOLDER}\n" if number == 0 else ""
+        written += [Turn("human", prefix + question), Turn("gpt", answer)]
+    return tuple(written)

@@ -1,0 +1,1 @@
+"""The vision-language model: projector, language model, splicing, loss, generation, model folder."""

@@ -1,0 +1,120 @@
+"""The project's conversation templates as Jinja chat templates, for the exported checkpoints.
+
+What they render is the text of `rayva.text.templates`; the export's tests compare the two. Pictures
+stand in front of their message's text, each on a line of its own.
+"""
+
+from __future__ import annotations
+
+import json
+
+from transformers import PreTrainedTokenizerBase
+
+from rayva.errors import WeightsError
+from rayva.text.templates import Template
+from rayva.text.twin import twin_of
+
+_FLATTEN = """
+{%- set all = namespace(system=none, turns=[]) -%}
+{%- for message in messages -%}
+  {%- set part = namespace(images=[], texts=[]) -%}
+  {%- if message['content'] is string -%}
+    {%- set part.texts = [message['content']] -%}
+  {%- else -%}
+    {%- for piece in message['content'] -%}
+      {%- if piece['type'] == 'text' -%}
+        {%- set part.texts = part.texts + [piece['text']] -%}
+      {%- else -%}
+        {%- set part.images = part.images + ['<image>'] -%}
+      {%- endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+  {%- set text = part.texts | join('\\n') -%}
+  {%- set content = (part.images + ([text] if text else [])) | join('\\n') -%}
+  {%- if message['role'] == 'system' -%}
+    {%- set all.system = content if all.system is none else all.system + '\\n' + content -%}
+  {%- else -%}
+    {%- set turn = {'role': message['role'], 'content': content, 'images': part.images | join} -%}
+    {%- set all.turns = all.turns + [turn] -%}
+  {%- endif -%}
+{%- endfor -%}
+{%- set system = DEFAULT_SYSTEM if all.system is none else all.system -%}
+"""
+
+_PLAIN = """
+{%- for turn in all.turns -%}
+  {{- turn['content'] + '\\n' if turn['role'] == 'assistant' else turn['images'] -}}
+{%- endfor -%}
+"""
+
+_V0 = """
+{{- system + '\\n\\n' if system else '' -}}
+{{- '### ' -}}
+{%- for turn in all.turns -%}
+  {{- ('Assistant: ' if turn['role'] == 'assistant' else 'Human: ') + turn['content'] + '\\n### ' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}
+"""
+
+_V1 = """
+{{- system + ' ' if system else '' -}}
+{%- for turn in all.turns -%}
+  {%- if turn['role'] == 'user' -%}
+    {{- 'USER: ' + turn['content'] + ' ' -}}
+  {%- else -%}
+    {{- 'ASSISTANT:' -}}
+    {{- ' ' + turn['content'] if turn['content'] else '' -}}
+    {{- EOS if turn['content'] or loop.last else '' -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
+"""
+
+_LLAMA_2 = """
+{%- for turn in all.turns -%}
+  {%- if turn['role'] == 'user' -%}
+    {{- '[INST] ' if loop.first else BOS + '[INST] ' -}}
+    {{- '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' if loop.first and system else '' -}}
+    {{- turn['content'] + ' [/INST]' -}}
+  {%- else -%}
+    {{- ' ' + turn['content'] if turn['content'] else '' -}}
+    {{- ' ' + EOS if turn['content'] or loop.last else '' -}}
+  {%- endif -%}
+{%- endfor -%}
+"""
+
+_CHATML = """
+{{- '<|im_start|>system\\n' + system + '<|im_end|>\\n' if system else '' -}}
+{%- for turn in all.turns -%}
+  {{- '<|im_start|>' + turn['role'] + '\\n' + turn['content'] + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+
+_OWN = """
+{%- set messages = ([] if system is none else [{'role': 'system', 'content': system}]) + all.turns %}"""
+
+_BODIES = {"plain": _PLAIN, "v0": _V0, "v1": _V1, "llama_2": _LLAMA_2, "chatml": _CHATML}
+
+
+def chat_template(template: Template, tokenizer: PreTrainedTokenizerBase, system: str | None) -> str:
+    """A Jinja chat template that writes conversations down as `template` does.
+
+    `system` is the recipe's own system message, which only the tokenizer's template needs to be told.
+
+    Raises:
+        WeightsError: there is no Jinja form of the template.
+    """
+    if template.name == "tokenizer":
+        given = "none" if system is None else json.dumps(system)
+        return (_FLATTEN.replace("DEFAULT_SYSTEM", given) + _OWN).strip() + str(tokenizer.chat_template)
+    if template.name not in _BODIES:
+        raise WeightsError(
+            f'the template "{template.name}" has no Jinja form', "use the Rayva folder as it is"
+        )
+    body = _BODIES[template.name].replace("BOS", json.dumps(tokenizer.bos_token or ""))
+    body = body.replace("EOS", json.dumps(template.stop[0]))
+    prefix_ids = list(twin_of(tokenizer).prefix_ids) if template.adds_bos else []
+    prefix = "".join(tokenizer.convert_ids_to_tokens(prefix_ids))
+    flatten = _FLATTEN.replace("DEFAULT_SYSTEM", json.dumps(template.system))
+    return (flatten + "{{- " + json.dumps(prefix) + " -}}" + body).strip()

@@ -1,0 +1,85 @@
+"""Loads the language model f and its tokenizer: any Hugging Face causal language model."""
+
+from __future__ import annotations
+
+import json
+from pickle import UnpicklingError
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from rayva.errors import WeightsError
+
+_LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
+"""Config keys, with their neutral values, of models that change logits after the LM head."""
+
+
+def load_language_model(path: str, dtype: torch.dtype, revision: str | None = None) -> PreTrainedModel:
+    """Loads a causal language model from a local folder or by its hub name.
+
+    Safetensors are preferred; older `.bin` files are read as tensors alone, so that no code in them can
+    run. Raises `WeightsError` where the model is missing, damaged, incomplete, or of a kind that this
+    project does not compute exactly.
+    """
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=revision,
+            dtype=dtype,
+            weights_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        raise WeightsError(
+            f"The language model {path!r} cannot be loaded: {_first_line(error)}",
+            "Check that it is a causal language model in Hugging Face format, that its files are whole, "
+            "and, for a hub name, that the network and the cache allow it.",
+        ) from error
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if missing:
+        raise WeightsError(
+            f"The language model {path!r} lacks weights: {', '.join(missing[:4])} ({len(missing)} in all)",
+            "Its weight files do not match its config.json: download or save it again.",
+        )
+    _refuse_changed_logits(path, model)
+    return model
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a local folder or hub name; `WeightsError` where that fails."""
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError, KeyError, json.JSONDecodeError, ImportError) as error:
+        raise WeightsError(
+            f"The tokenizer of {path!r} cannot be loaded: {_first_line(error)}",
+            "The language model's folder must hold its tokenizer files.",
+        ) from error
+
+
+def eos_token_ids(language: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """All token ids that end a generation: the generation config's and the tokenizer's."""
+    ids: set[int] = set()
+    config = language.generation_config
+    for value in (config.eos_token_id if config else None, tokenizer.eos_token_id):
+        if isinstance(value, int):
+            ids.add(value)
+        elif value is not None:
+            ids.update(value)
+    return tuple(sorted(ids))
+
+
+def _refuse_changed_logits(path: str, model: PreTrainedModel) -> None:
+    for key, neutral in _LOGIT_CHANGES.items():
+        value = getattr(model.config, key, neutral)
+        if value not in (neutral, None):
+            raise WeightsError(
+                f"The language model {path!r} sets {key}={value}: it changes its logits after the LM head, "
+                "which the loss over supervised positions does not reproduce",
+                "Choose a language model without it, such as one of the Llama family.",
+            )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

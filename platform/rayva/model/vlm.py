@@ -1,0 +1,97 @@
+"""The vision-language model: projected visual features spliced into the language model's input.
+
+Shapes: B rows, T positions, M image places of the batch, D vision hidden size, H text hidden size,
+S supervised positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from rayva.model.batch import Batch, ImageCountError
+from rayva.text.encode import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+
+_LOGITS_AT_ONCE = 2**24
+"""Logits that exist at the same time, in elements (64 MiB in fp32)."""
+
+
+class VisionLanguageModel(nn.Module):
+    """W and f of section 4.1; g runs beforehand and its features are inputs."""
+
+    def __init__(self, language: PreTrainedModel, projector: nn.Module) -> None:
+        super().__init__()
+        self.language = language
+        self.projector = projector
+
+    @property
+    def vision_hidden(self) -> int:
+        """D, the feature size that the projector takes."""
+        linear = self.projector if isinstance(self.projector, nn.Linear) else next(self.projector.children())
+        return cast(nn.Linear, linear).in_features
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`loss_sum`: so that DeepSpeed's hooks around `forward` see the whole computation."""
+        return self.loss_sum(batch)
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Input embeddings [B, T, H]: the text's, with projected features at the image places.
+
+        Raises `ImageCountError` when places and features differ in number.
+        """
+        is_image_BT = batch.input_ids_BT == IMAGE_TOKEN_INDEX
+        embedding = self.language.get_input_embeddings()
+        embeds_BTH = embedding(batch.input_ids_BT.masked_fill(is_image_BT, 0))
+        places, given = int(is_image_BT.sum()), batch.features_MD.shape[0]
+        if places != given:
+            raise ImageCountError("The batch", places, given)
+        dtype = next(self.projector.parameters()).dtype
+        if given == 0:
+            # The projector takes part in every step: with ZeRO-3 a rank that skips it leaves the
+            # others waiting in its all-gather.
+            nothing_1D = embeds_BTH.new_zeros(1, self.vision_hidden, dtype=dtype)
+            untouched_BTH: Tensor = embeds_BTH + self.projector(nothing_1D).sum().to(embeds_BTH.dtype) * 0
+            return untouched_BTH
+        projected_MH = self.projector(batch.features_MD.to(dtype)).to(embeds_BTH.dtype)
+        spliced_BTH: Tensor = embeds_BTH.masked_scatter(is_image_BT.unsqueeze(-1), projected_MH)
+        return spliced_BTH
+
+    def forward_hidden(self, batch: Batch) -> Tensor:
+        """Last hidden states [B, T, H], before the LM head."""
+        output = self.language.base_model(
+            inputs_embeds=self.embed(batch), attention_mask=batch.attention_mask_BT, use_cache=False
+        )
+        return cast(Tensor, output.last_hidden_state)
+
+    def loss_sum(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sum over supervised tokens of the cross-entropy in fp32 (equation 3), and their number.
+
+        Position t predicts token t + 1. Only supervised positions go through the LM head, in chunks
+        whose logits are computed again in the backward pass, so that logits of the whole batch never exist.
+        """
+        hidden_BTH = self.forward_hidden(batch)
+        targets_BT = batch.labels_BT[:, 1:]
+        supervised_BT = targets_BT != IGNORE_INDEX
+        hidden_SH = hidden_BTH[:, :-1][supervised_BT]
+        targets_S = targets_BT[supervised_BT]
+        count = supervised_BT.sum()
+        chunk = max(1, _LOGITS_AT_ONCE // self.language.config.vocab_size)
+        if len(targets_S) <= chunk:
+            return self._chunk_loss(hidden_SH, targets_S), count
+        # The zero keeps the sum in fp32 from the first chunk on.
+        total = hidden_SH.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(targets_S), chunk):
+            part = slice(start, start + chunk)
+            total = total + checkpoint(
+                self._chunk_loss, hidden_SH[part], targets_S[part], use_reentrant=False
+            )
+        return total, count
+
+    def _chunk_loss(self, hidden_SH: Tensor, targets_S: Tensor) -> Tensor:
+        logits_SV = self.language.get_output_embeddings()(hidden_SH).float()
+        return functional.cross_entropy(logits_SV, targets_S, reduction="sum")

@@ -1,0 +1,58 @@
+"""What the scripts around the endpoint share: arguments of `serving.*`, errors and exit codes."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+from rayva.errors import RayvaError, RecipeError
+from rayva.recipes.load import from_dict, merge, parse_override, to_dict
+from rayva.recipes.schema import Features, Recipe, Scaling, Serving
+
+INTERRUPTED = 130
+USER_ERROR = 2
+
+
+def guarded(action: Callable[[], int], interrupted: str) -> int:
+    """Runs `action`; errors to mend become one paragraph and exit code 2, Ctrl-C the text `interrupted`."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return action()
+    except RayvaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except (KeyboardInterrupt, SystemExit):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        print(f"\n{interrupted}", file=sys.stderr, flush=True)
+        return INTERRUPTED
+
+
+def serving_settings(base: Serving, overrides: Sequence[str]) -> Serving:
+    """`base` with `serving.key=value` overrides put over it.
+
+    Raises:
+        RecipeError: another key, or a value that does not fit.
+    """
+    settings = to_dict(serving_recipe(base))
+    for override in overrides:
+        change = parse_override(override)
+        if set(change) != {"serving"}:
+            raise RecipeError(f"{override!r} does not concern the endpoint", "only serving.* can be changed")
+        settings = merge(settings, change)
+    return from_dict(settings).serving
+
+
+def serving_recipe(serving: Serving) -> Recipe:
+    """A recipe that asks the cluster for nothing beside the endpoint's replicas."""
+    return Recipe(
+        name="serve",
+        serving=serving,
+        scaling=Scaling(cpus_per_worker=0.0),
+        features=Features(encoder_cpus=0.0, decoder_cpus=0.01),
+    )
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

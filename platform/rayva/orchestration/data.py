@@ -1,0 +1,146 @@
+"""The data step: reads the recipe's source and writes it as the tables that later steps read."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from rayva.data.bundle import DatasetBundle
+from rayva.data.locations import absolute, file_system, is_folder, open_input
+from rayva.data.quarantine import count_reasons
+from rayva.data.schema import ImageRecord, Question, Rejected, Sample
+from rayva.data.tables import Record, write_records
+from rayva.errors import DataError
+from rayva.progress import Progress
+from rayva.recipes.schema import Data, Recipe
+
+if TYPE_CHECKING:
+    from rayva.orchestration.pipeline import StepContext, StepResult
+
+logger = logging.getLogger(__name__)
+
+_INPUTS: dict[str, tuple[str, ...]] = {
+    "llava": ("pretrain_json", "finetune_json", "pretrain_images", "finetune_images"),
+    "captions": ("captions",),
+    "emoji": ("emoji_dir",),
+}
+"""The settings of each source that name files outside the storage."""
+_VERSIONS = ("ETag", "etag", "md5Hash", "mtime", "created")
+"""What file systems call the mark that changes with a file's content, the best first."""
+_CHUNK = 1 << 20
+
+
+def run(ctx: StepContext) -> StepResult:
+    """Writes images, pretrain, finetune, questions and quarantine.parquet into the step's folder.
+
+    Raises:
+        DataError: a file cannot be read, or a stage is left without a single usable sample.
+    """
+    from rayva.orchestration.pipeline import StepResult
+
+    bundle = load_bundle(ctx.recipe.data)
+    tables: tuple[tuple[str, type[Any], Iterable[Any]], ...] = (
+        ("images", ImageRecord, bundle.images),
+        ("pretrain", Sample, bundle.pretrain),
+        ("finetune", Sample, bundle.finetune),
+        ("questions", Question, bundle.questions),
+    )
+    outputs: dict[str, Any] = {}
+    for name, kind, records in tables:
+        outputs[name] = write_records(
+            ctx.storage, ctx.folder.join(f"{name}.parquet"), kind, _shown(name, records)
+        )
+    quarantine = ctx.folder.join("quarantine.parquet")
+    write_records(ctx.storage, quarantine, Rejected, bundle.rejected)
+    outputs["quarantined"] = count_reasons(bundle.rejected)
+    _check(ctx.recipe.data, outputs)
+    metrics = {name: float(outputs[name]) for name, _, _ in tables}
+    metrics["quarantined"] = float(len(bundle.rejected))
+    return StepResult(outputs, metrics, [quarantine] if bundle.rejected else [])
+
+
+def load_bundle(data: Data) -> DatasetBundle:
+    """The source that the recipe names."""
+    if data.source == "scenes":
+        from rayva.instruct import scene_data
+
+        return scene_data.build(data)
+    if data.source == "emoji":
+        from rayva.data import emoji
+
+        return emoji.build(data)
+    if data.source == "captions":
+        from rayva.data import captions
+        from rayva.text.instructions import BRIEF, DETAILED
+
+        return captions.build(data, BRIEF, DETAILED)
+    from rayva.data import llava_json
+
+    return llava_json.build(data)
+
+
+def fingerprint(recipe: Recipe) -> dict[str, str]:
+    """What the input outside the storage looks like, by setting: changed input reruns the step.
+
+    Files of rows count with their content. Folders count with the names, sizes and times (or ETags)
+    of their files, since reading all images on every start would take too long.
+
+    Raises:
+        DataError: an input is missing.
+    """
+    data = recipe.data
+    uris = {f"data.{name}": getattr(data, name) for name in _INPUTS.get(data.source, ())}
+    return {name: _digest(uri, name) for name, uri in uris.items() if uri}
+
+
+def _digest(uri: str, setting: str) -> str:
+    return _folder_digest(uri, setting) if is_folder(uri) else _file_digest(uri, setting)
+
+
+def _file_digest(uri: str, setting: str) -> str:
+    digest = hashlib.sha256()
+    with open_input(uri, setting) as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _folder_digest(uri: str, setting: str) -> str:
+    system, root = file_system(absolute(uri))
+    digest = hashlib.sha256()
+    try:
+        files = system.find(root, detail=True)
+    except OSError as error:
+        raise DataError(f"{setting} = {uri} cannot be listed: {error}", f"check {setting}") from error
+    for path, info in sorted(files.items()):
+        version = next((info[key] for key in _VERSIONS if info.get(key)), "")
+        line = f"{path.removeprefix(root)}\0{info.get('size')}\0{version}\n"
+        digest.update(line.encode("utf-8", "backslashreplace"))
+    return digest.hexdigest()
+
+
+def _shown(name: str, records: Iterable[Record]) -> Iterator[Record]:
+    with Progress(f"data: {name}", None, "rows") as progress:
+        for record in records:
+            progress.advance()
+            yield record
+
+
+def _check(data: Data, outputs: dict[str, Any]) -> None:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in outputs["quarantined"].items())
+    if reasons:
+        logger.warning("%s rows were quarantined: %s", sum(outputs["quarantined"].values()), reasons)
+    for stage in ("pretrain", "finetune"):
+        if not outputs[stage]:
+            raise DataError(
+                f"The source {data.source!r} gives no usable sample for {stage}"
+                + (f" (quarantined: {reasons})" if reasons else ""),
+                "see quarantine.parquet in the data step's folder for each row's reason, and mend the input",
+            )
+    if not outputs["questions"]:
+        logger.warning(
+            "there are no held-out questions, so the gate cannot pass: add rows with short answers, "
+            "or raise data.test_fraction"
+        )

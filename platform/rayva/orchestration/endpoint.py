@@ -1,0 +1,141 @@
+"""Brings the endpoint up on the Ray cluster of this process, and takes it down again."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayError
+
+from rayva.errors import ServingError
+from rayva.orchestration.serve import build_application
+from rayva.recipes.schema import Serving
+from rayva.serving.keys import ENVIRONMENT, key_digests
+
+APPLICATION = "rayva"
+_PATIENCE = {
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+}
+
+
+def check_port(host: str, port: int) -> None:
+    """Proves that the address is free by taking it for a moment.
+
+    Raises:
+        ServingError: it is in use, or this machine has no such address; names the override.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # Connections of an earlier server that linger must not count as one that listens.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            probe.listen()
+        except (OSError, OverflowError) as error:
+            raise ServingError(
+                f"The endpoint cannot listen on port {port} of {host}: {error}",
+                "stop what listens there, or choose another one with serving.port=PORT",
+            ) from error
+
+
+def check_exposure(host: str) -> None:
+    """An address that others can reach needs keys.
+
+    Raises:
+        ServingError: `host` is not this machine's own, and no key is set.
+    """
+    if _is_loopback(host) or key_digests():
+        return
+    raise ServingError(
+        f"The endpoint would be open to everyone who can reach {host}.",
+        f"set {ENVIRONMENT} to one or more keys (separated by commas), or serve on 127.0.0.1",
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@contextlib.contextmanager
+def running_endpoint(args: dict[str, Any], serving: Serving) -> Iterator[str]:
+    """Deploys the application and waits until it is healthy; yields its address, and ends it after.
+
+    Ray must be running. Serve takes its address once per cluster, so that the cluster must not serve
+    yet. A cluster that lives only as long as this process takes the endpoint along when it ends.
+
+    Raises:
+        ServingError: the port is in use, the model cannot be found, or it does not come up.
+    """
+    check_exposure(serving.host)
+    check_port(serving.host, serving.port)
+    if serve.status().proxies:
+        raise ServingError(
+            "This Ray cluster serves already, and has one address for all that it serves.",
+            "deploy beside it with: serve deploy serve/config.yaml",
+        )
+    application = build_application({**args, "serving": serving.model_dump()})
+    try:
+        _start_serve(serving)
+        _deploy(application)
+        yield f"http://{_for_url(serving.host)}:{serving.port}"
+    finally:
+        if _cluster_given():
+            serve.shutdown()
+
+
+def _cluster_given() -> bool:
+    return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
+
+
+def _start_serve(serving: Serving) -> None:
+    try:
+        serve.start(
+            proxy_location="HeadOnly",
+            http_options={"host": serving.host, "port": serving.port},
+            logging_config={"log_level": "WARNING", "enable_access_log": False},
+            # A busy machine must not make Serve give up its proxy while it is still importing.
+            controller_options={"runtime_env": {"env_vars": _PATIENCE}},
+        )
+    except RayError as error:
+        raise ServingError(
+            f"Ray Serve did not come up: {str(error).splitlines()[0]}",
+            "see Serve's logs in the session folder of Ray (logs/serve), and try again",
+        ) from error
+
+
+def _deploy(application: serve.Application) -> None:
+    # Serve tells of a failed deployment with a bare RuntimeError; its status has the reason.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        serve.run(application, name=APPLICATION, route_prefix="/")
+    except RuntimeError as error:
+        raise ServingError(
+            f"The endpoint did not come up: {_reason(error)}",
+            "check that the model folder is complete, and that the cluster has room for a replica",
+        ) from error
+
+
+def _reason(error: RuntimeError) -> str:
+    """The last line of each failed deployment's message, which names the exception."""
+    status = serve.status().applications.get(APPLICATION)
+    if status is None:
+        return str(error)
+    messages = [deployment.message for deployment in status.deployments.values()] + [status.message]
+    lines = [message.strip().splitlines()[-1] for message in messages if message.strip()]
+    return "; ".join(dict.fromkeys(lines)) or str(error)
+
+
+def _for_url(host: str) -> str:
+    if host in ("0.0.0.0", "::"):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host

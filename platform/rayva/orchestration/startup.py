@@ -1,0 +1,264 @@
+"""Joining or starting Ray, and proving that the workers run the code that was submitted."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+from rayva.errors import CapacityError, RayvaError, StorageError
+from rayva.provenance import REPOSITORY, SOURCE_ROOT, code_version, tree_id
+from rayva.recipes.schema import Recipe
+from rayva.storage import Storage
+
+__all__ = ["check_capacity", "code_version", "start_ray", "stop_ray"]
+
+log = logging.getLogger(__name__)
+
+_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+_EXCLUDES = [".git", ".venv", "/runs/", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis"]
+_OBJECT_STORE_BYTES = 1 << 30
+_START_TIMEOUT_SECONDS = 300.0
+
+
+def start_ray(recipe: Recipe, storage: Storage | None = None) -> None:
+    """Joins the job's cluster, or starts one on this machine; then checks it before any work is done.
+
+    In a Ray job, or where RAY_ADDRESS is set, the cluster is joined. The code goes along: with the job's
+    own working_dir, or, where it has none, uploaded from the checkout that is running.
+
+    Raises:
+        CapacityError: the cluster has less than the recipe asks for.
+        RayvaError: a worker does not run this code.
+        StorageError: a node cannot see the storage root.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        handler = signal.getsignal(signal.SIGTERM)
+        _join(storage) if _cluster_given() else _start_local()
+        signal.signal(signal.SIGTERM, handler)  # ray.init puts its own in place
+    check_capacity(recipe)
+    _check_nodes(storage)
+
+
+def stop_ray() -> None:
+    """Leaves the cluster; ends it if it was started here."""
+    import ray
+
+    ray.shutdown()
+
+
+def _cluster_given() -> bool:
+    return bool(os.environ.get("RAY_ADDRESS") or os.environ.get(_JOB_CONFIG))
+
+
+def _start_local() -> None:
+    import ray
+
+    # Workers inherit the environment of the process that starts Ray.
+    parts = [str(SOURCE_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(parts))
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        logging_level=logging.WARNING,
+        object_store_memory=_OBJECT_STORE_BYTES,
+    )
+
+
+def _join(storage: Storage | None) -> None:
+    import ray
+    from ray.exceptions import RuntimeEnvSetupError
+
+    try:
+        ray.init(address="auto", runtime_env=_runtime_env(storage), logging_level=logging.WARNING)
+    except RuntimeEnvSetupError as error:
+        raise RayvaError(
+            f"The code could not be uploaded to the cluster: {error}",
+            "keep large files out of the checkout, or list them in .rayignore",
+        ) from error
+    except ConnectionError as error:
+        raise RayvaError(
+            f"The Ray cluster at {os.environ.get('RAY_ADDRESS')} cannot be reached: {error}",
+            "check RAY_ADDRESS, or unset it to run on this machine alone",
+        ) from error
+
+
+def _runtime_env(storage: Storage | None) -> dict[str, Any]:
+    """What this driver must add to the job's own runtime environment so that workers get the code."""
+    given = json.loads(os.environ.get(_JOB_CONFIG, "{}")).get("runtime_env") or {}
+    environment: dict[str, Any] = {}
+    if given.get("working_dir"):
+        # Ray starts the driver and the workers in their copies of it, so that a relative path will do.
+        source = os.path.relpath(SOURCE_ROOT, os.getcwd())
+        if source.startswith(os.pardir):
+            raise RayvaError(
+                f"This job's working_dir does not hold the code that it runs ({SOURCE_ROOT}).",
+                "submit from the checkout: ray job submit --working-dir . -- python pipelines/full.py",
+            )
+    else:
+        source = SOURCE_ROOT.name
+        environment["working_dir"] = str(REPOSITORY)
+        environment["excludes"] = [*_EXCLUDES, *_inside_checkout(storage)]
+    # Ray refuses a variable that the job already has, even with the same value.
+    if "PYTHONPATH" not in (given.get("env_vars") or {}):
+        environment["env_vars"] = {"PYTHONPATH": source}
+    return environment
+
+
+def _inside_checkout(storage: Storage | None) -> list[str]:
+    """The storage root as a pattern to leave out of the upload, if it lies in the checkout."""
+    if storage is None or not storage.is_local or not Path(storage.root).is_relative_to(REPOSITORY):
+        return []
+    rel = Path(storage.root).relative_to(REPOSITORY).as_posix()
+    return [f"/{rel}/"] if rel != "." else []
+
+
+def check_capacity(recipe: Recipe) -> None:
+    """Compares what the recipe asks for with what the cluster has, or may grow to.
+
+    Raises:
+        CapacityError: names both numbers and the settings to change.
+    """
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    # Set only where an autoscaler runs; there, nodes that are still to come count too.
+    limits: dict[str, float] | None = ray._private.state.state.get_max_resources_from_cluster_config()
+    total = {
+        kind: max(sum(node.get(kind, 0.0) for node in nodes), (limits or {}).get(kind, 0.0))
+        for kind in ("CPU", "GPU")
+    }
+    scaling, features = recipe.scaling, recipe.features
+    _check_group(
+        total, "training workers", ("scaling.workers", scaling.workers),
+        {"CPU": ("scaling.cpus_per_worker", scaling.cpus_per_worker),
+         "GPU": ("scaling.gpus_per_worker", scaling.gpus_per_worker)},
+    )  # fmt: skip
+    # One decoder works beside the encoders.
+    left = {**total, "CPU": total["CPU"] - features.decoder_cpus}
+    _check_group(
+        left, "encoders beside a decoder", ("features.encoders", features.encoders),
+        {"CPU": ("features.encoder_cpus", features.encoder_cpus),
+         "GPU": ("features.encoder_gpus", features.encoder_gpus)},
+    )  # fmt: skip
+    if recipe.evaluation.gpus > total["GPU"]:
+        raise CapacityError(
+            f"The recipe asks for {recipe.evaluation.gpus:g} GPUs for the evaluation, but the cluster has "
+            f"{total['GPU']:g}.",
+            "set evaluation.gpus=0, or add nodes with GPUs",
+        )
+    if not limits:
+        _check_placement(recipe, nodes)
+
+
+def _check_group(
+    available: dict[str, float],
+    what: str,
+    count: tuple[str, int],
+    each: dict[str, tuple[str, float]],
+) -> None:
+    """Checks that `count` actors fit the cluster's totals; both are given with the setting's name."""
+    for kind, (setting, amount) in each.items():
+        if count[1] * amount > available[kind]:
+            fitting = max(int(available[kind] / amount), 0)
+            remedy = f"set {count[0]}={fitting}" if fitting else f"set {setting}={max(available[kind], 0):g}"
+            raise CapacityError(
+                f"The recipe asks for {count[1] * amount:g} {kind}s ({count[1]} {what}, {amount:g} each), "
+                f"but the cluster has {available[kind]:g} for them.",
+                f"{remedy}, or add nodes",
+            )
+
+
+def _check_placement(recipe: Recipe, nodes: list[dict[str, float]]) -> None:
+    """A worker lives on one node: what is left over on several nodes does not add up to one."""
+    scaling = recipe.scaling
+    each = {"CPU": scaling.cpus_per_worker, "GPU": scaling.gpus_per_worker}
+    needed = {kind: amount for kind, amount in each.items() if amount > 0}
+    if not needed:
+        return
+    # A little tolerance, because Ray counts in ten-thousandths.
+    fitting = sum(
+        min(int(node.get(kind, 0.0) / amount + 1e-4) for kind, amount in needed.items()) for node in nodes
+    )
+    if fitting < scaling.workers:
+        raise CapacityError(
+            f"The recipe asks for {scaling.workers} training workers of {each['CPU']:g} CPUs and "
+            f"{each['GPU']:g} GPUs each, but the cluster's nodes have room for {fitting}.",
+            f"set scaling.workers={max(fitting, 1)}, or lower scaling.cpus_per_worker or "
+            "scaling.gpus_per_worker",
+        )
+
+
+def _describe_worker(marker: str | None) -> dict[str, Any]:
+    """Runs in a worker: what it imports, and whether it sees the marker file on the storage."""
+    import platform
+
+    import rayva
+
+    root = Path(rayva.__file__).resolve().parents[1]
+    return {
+        "host": socket.gethostname(),
+        "root": str(root),
+        "tree": tree_id(root),
+        "stdlib": str(Path(platform.__file__).resolve().parent) == str(Path(os.__file__).resolve().parent),
+        "marker": marker is None or os.path.exists(marker),
+    }
+
+
+def _check_nodes(storage: Storage | None) -> None:
+    """Runs one small task on every node to see that it has this code and sees a local storage root."""
+    import ray
+    from ray.exceptions import GetTimeoutError, RayTaskError, RuntimeEnvSetupError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    marker = f".seen-by-all-{os.getpid()}"
+    shared = storage is not None and storage.is_local and len(nodes) > 1
+    if storage is not None and shared:
+        storage.write_bytes(marker, b"")
+    describe = ray.remote(num_cpus=0, max_retries=0)(_describe_worker)
+    try:
+        asked = {
+            address: describe.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
+            ).remote(storage.path(marker) if storage is not None and shared else None)
+            for node_id, address in nodes.items()
+        }
+        for address, reference in asked.items():
+            try:
+                answer = ray.get(reference, timeout=_START_TIMEOUT_SECONDS)
+            except (RayTaskError, RuntimeEnvSetupError, GetTimeoutError) as error:
+                raise RayvaError(
+                    f"Node {address} cannot run the submitted code: {error}",
+                    "check that the node has the packages of constraints.txt and can reach the head node",
+                ) from error
+            _check_answer(address, answer, storage)
+    finally:
+        if storage is not None and shared:
+            storage.delete(marker)
+
+
+def _check_answer(address: str, answer: dict[str, Any], storage: Storage | None) -> None:
+    if answer["tree"] != code_version()["tree"]:
+        raise RayvaError(
+            f"Node {address} does not run the code that was submitted: it imports {answer['root']}.",
+            "uninstall rayva from the nodes, and submit with --working-dir from a clean checkout",
+        )
+    if not answer["stdlib"]:
+        raise RayvaError(
+            f"On node {address}, `import platform` is not the standard library's.",
+            "remove every Python file that lies directly in platform/",
+        )
+    if not answer["marker"]:
+        raise StorageError(
+            f"Node {address} cannot see the storage {storage.root if storage else ''}.",
+            "use a folder that all nodes share, or a URI such as s3://bucket/run, with --storage",
+        )
+    log.debug("node %s (%s) imports rayva from %s", address, answer["host"], answer["root"])

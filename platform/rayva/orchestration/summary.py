@@ -1,0 +1,139 @@
+"""What a job has made: `summary.json` for programs, and the same in words for people."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from rayva.progress import duration
+from rayva.recipes import Recipe
+from rayva.steps import StepFolder
+from rayva.storage import Storage
+
+SUMMARY = "summary.json"
+
+_GROUNDING = ("accuracy", "accuracy_shuffled_images", "accuracy_no_image", "questions")
+
+
+def build_summary(
+    recipe: Recipe,
+    storage: Storage,
+    steps: Mapping[str, tuple[StepFolder, dict[str, Any] | None]],
+    executed: set[str],
+) -> dict[str, Any]:
+    """The summary of what is finished for this recipe; null where a step has not run yet.
+
+    Args:
+        steps: folder and manifest (None: unfinished) of each step, in order.
+        executed: steps that ran in this start of the job; the others are marked as skipped.
+    """
+    done = {name: (folder, manifest) for name, (folder, manifest) in steps.items() if manifest}
+    outputs = {name: manifest["outputs"] for name, (_, manifest) in done.items() if manifest}
+    manifests = sorted((m for _, m in done.values() if m), key=lambda m: float(m["finished"]))
+    tracked = [manifest["mlflow"] for manifest in manifests if manifest["mlflow"]]
+    evaluation, registered = outputs.get("evaluate"), outputs.get("register")
+    summary: dict[str, Any] = {
+        "recipe": recipe.name,
+        "commit": manifests[-1]["code"]["commit"] if manifests else None,
+        "stages": {
+            name: {
+                "seconds": manifest["seconds"],
+                "digest": manifest["digest"],
+                "folder": storage.uri(folder.rel),
+                "skipped": name not in executed,
+            }
+            for name, (folder, manifest) in done.items()
+            if manifest
+        },
+        "grounding": {key: evaluation["grounding"].get(key) for key in _GROUNDING} if evaluation else None,
+        "gate": {"passed": evaluation["passed"], "why": evaluation["why"]} if evaluation else None,
+        "mlflow": tracked[-1] if tracked else None,
+        "model": (
+            {
+                "name": registered["model_name"],
+                "version": registered["version"],
+                "aliases": registered["aliases"],
+            }
+            if registered
+            else None
+        ),
+        "export": storage.uri(done["export"][0].join("hf")) if "export" in done else None,
+        "assistant": storage.uri(done["finetune"][0].join("model")) if "finetune" in done else None,
+        "served": _kept_answers(storage, done["export"][0].digest if "export" in done else None),
+    }
+    return summary
+
+
+def _kept_answers(storage: Storage, export_digest: str | None) -> dict[str, Any] | None:
+    """Answers that the endpoint gave stand as long as the exported model is the same."""
+    if export_digest is None or not storage.exists(SUMMARY):
+        return None
+    before = storage.read_json(SUMMARY)
+    same = before["stages"].get("export", {}).get("digest") == export_digest
+    return before["served"] if same else None
+
+
+def write_summary(storage: Storage, summary: Mapping[str, Any]) -> None:
+    storage.write_json(SUMMARY, summary)
+
+
+def record_served(storage: Storage, picture: str, answers: list[dict[str, str]]) -> None:
+    """Adds to the summary what the endpoint answered about `picture`."""
+    summary = storage.read_json(SUMMARY)
+    summary["served"] = {"picture": picture, "answers": answers}
+    write_summary(storage, summary)
+
+
+def summary_text(summary: Mapping[str, Any], storage: Storage) -> str:
+    """The summary for people: where things are, what the figures mean, what to do next."""
+    total = sum(stage["seconds"] for stage in summary["stages"].values())
+    lines = ["", f"Recipe {summary['recipe']}, code {_short(summary['commit'])}, {duration(total)} in all:"]
+    for name, stage in summary["stages"].items():
+        lines.append(f"  {name:<10} {duration(stage['seconds']):>12}  {stage['folder']}")
+    lines += _figures(summary)
+    lines += _next(summary, storage)
+    return "\n".join(lines)
+
+
+def _short(commit: str | None) -> str:
+    return commit[:12] if commit and not commit.startswith("tree:") else commit or "unknown"
+
+
+def _figures(summary: Mapping[str, Any]) -> list[str]:
+    grounding, gate = summary["grounding"], summary["gate"]
+    if grounding is None:
+        return []
+    return [
+        "",
+        f"Of {grounding['questions']:,} questions about pictures never seen in training, the model answers",
+        f"  {grounding['accuracy']:6.1%} rightly with the right picture,",
+        f"  {grounding['accuracy_shuffled_images']:6.1%} with another question's picture,",
+        f"  {grounding['accuracy_no_image']:6.1%} without a picture.",
+        "The distance between the first and the others is what it owes to looking.",
+        f"Promotion: {'passed' if gate['passed'] else 'not passed'}. {gate['why']}",
+    ]
+
+
+def _next(summary: Mapping[str, Any], storage: Storage) -> list[str]:
+    lines: list[str] = []
+    if summary["model"]:
+        model = summary["model"]
+        names = ", ".join(model["aliases"]) or "no alias"
+        lines += ["", f"Registered as {model['name']} version {model['version']} ({names})."]
+    if summary["mlflow"]:
+        uri = summary["mlflow"]["tracking_uri"]
+        lines += ["", "See the curves, the gallery and the lineage in MLflow:"]
+        if uri.startswith(("http://", "https://")):
+            lines.append(f"  {uri} (experiment {summary['mlflow']['experiment']})")
+        else:
+            lines.append(f"  mlflow ui --backend-store-uri {shlex.quote(uri)}")
+    if summary["export"]:
+        lines += ["", f"Hugging Face LLaVA folder: {summary['export']}"]
+    if summary["assistant"]:
+        lines += [
+            "Chat with the model:",
+            f"  rayva chat {shlex.quote(summary['assistant'])} --image PICTURE",
+        ]
+    lines.append(f"All of this for programs: {storage.uri(SUMMARY)}")
+    return lines

@@ -1,0 +1,266 @@
+"""From a name, a YAML file and `key.sub=value` overrides to one validated recipe."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import types
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from typing import Any, Union, get_args, get_origin
+
+import fsspec
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from rayva.errors import RecipeError
+from rayva.recipes.schema import Recipe
+
+
+class _Yaml12Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars: 2e-5 is a number, `no` and 2024-01-01 are text; a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key_node.value!r} is given twice", key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_Yaml12Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", "~nN\0"),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9][0-9_]*", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9][0-9_]*\.?[0-9]*)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+):
+    _firsts = [*_first.replace("\0", "")] + ([""] if "\0" in _first else [])
+    _Yaml12Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _firsts
+    )
+
+
+def _decimal(loader: _Yaml12Loader, node: yaml.ScalarNode) -> int:
+    """YAML 1.1 would read 010 as 8."""
+    return int(loader.construct_scalar(node).replace("_", ""))
+
+
+_Yaml12Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
+
+
+def resolve(name: str, config_file: str | None = None, overrides: Iterable[str] = ()) -> Recipe:
+    """The recipe `name`, with a YAML file's settings and then `key.sub=value` overrides put over it.
+
+    Raises:
+        RecipeError: an unknown recipe or key (the nearest one is named), a value of the wrong type, or a
+            file that cannot be read.
+    """
+    settings = to_dict(_named(name))
+    if config_file is not None:
+        settings = merge(settings, read_config(config_file))
+    for override in overrides:
+        settings = merge(settings, parse_override(override))
+    return from_dict(settings)
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as JSON data; `from_dict` gives the same recipe back."""
+    return recipe.model_dump(mode="json")
+
+
+def from_dict(settings: Mapping[str, Any]) -> Recipe:
+    """Validates JSON data as a recipe; all faults are told at once."""
+    _refuse_unknown(settings)
+    try:
+        # JSON mode: strict about types, but a list will do for a tuple.
+        return Recipe.model_validate_json(json.dumps(settings), strict=True)
+    except ValidationError as error:
+        faults = [_explain(fault) for fault in error.errors()]
+        raise RecipeError("\n".join(faults), "`rayva recipe NAME` prints every key and its value") from error
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `over` put over it: sections are merged, all else is replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            value = merge(below, value)
+        merged[key] = value
+    return merged
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The settings in a YAML file (local path or fsspec URI); `recipe.yaml` of a run will do, too."""
+    try:
+        with fsspec.open(path, "r", encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, ImportError, ValueError) as error:
+        raise RecipeError(f"The configuration file {path} cannot be read: {error}.") from error
+    try:
+        settings = yaml.load(text, Loader=_Yaml12Loader)  # a SafeLoader: builds plain data only
+    except yaml.YAMLError as error:
+        raise RecipeError(f"The configuration file {path} is not valid YAML: {error}") from error
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise RecipeError(f"The configuration file {path} holds {_kind(settings)}, not settings by name.")
+    _refuse_unknown(settings)
+    return settings
+
+
+def parse_override(text: str) -> dict[str, Any]:
+    """`finetune.lr=2e-5` as nested settings. The value is YAML; text fields take it as it stands."""
+    key, equals, raw = text.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise RecipeError(f"{text!r} is no override.", "write key.sub=value, for example finetune.lr=2e-5")
+    fields = _fields()
+    if key not in fields:
+        raise _unknown(key)
+    try:
+        value = yaml.load(raw, Loader=_Yaml12Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"The value of {key} is not valid YAML: {raw!r}.", "put it in quotes") from error
+    if isinstance(value, (bool, int, float)) and _takes_text(fields[key]):
+        value = raw.strip()  # a revision such as 1234567 is text
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value  # type: ignore[no-any-return]
+
+
+def require_runnable(recipe: Recipe) -> None:
+    """Checks what must be set before a run can start; a recipe to look at may still lack it.
+
+    Raises:
+        RecipeError: names the missing settings.
+    """
+    data = recipe.data
+    needed = {
+        "scenes": ("train_scenes", "test_scenes"),
+        "emoji": ("emoji_dir",),
+        "llava": ("pretrain_json", "finetune_json"),
+        "captions": ("captions",),
+    }[data.source]
+    missing = [f"data.{field}" for field in needed if not getattr(data, field)]
+    if missing:
+        raise RecipeError(
+            f"The recipe {recipe.name!r} reads its data from {data.source!r} but does not say where or how "
+            f"much: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set.",
+            "add " + " ".join(f"{key}=..." for key in missing) + " (or use data.source=scenes)",
+        )
+    for stage in ("pretrain", "finetune"):
+        if getattr(recipe, stage).offload and getattr(recipe, stage).zero == 0:
+            raise RecipeError(
+                f"{stage}.offload needs the optimizer state to be sharded, but {stage}.zero is 0.",
+                f"add {stage}.zero=1 or more",
+            )
+
+
+def _named(name: str) -> Recipe:
+    from rayva.recipes.named import NAMED  # named recipes are built with this module
+
+    if name not in NAMED:
+        nearest = difflib.get_close_matches(name, NAMED, n=1, cutoff=0.0)[0]
+        raise RecipeError(
+            f"There is no recipe {name!r}; the nearest is {nearest!r}.", f"choose one of {', '.join(NAMED)}"
+        )
+    return NAMED[name]
+
+
+def _section(field: FieldInfo) -> type[BaseModel] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def _fields(model: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, FieldInfo]:
+    """Every key with its full path, sections included."""
+    fields: dict[str, FieldInfo] = {}
+    for name, field in model.model_fields.items():
+        fields[prefix + name] = field
+        section = _section(field)
+        if section is not None:
+            fields |= _fields(section, f"{prefix}{name}.")
+    return fields
+
+
+def _takes_text(field: FieldInfo) -> bool:
+    kind = field.annotation
+    return kind is str or (get_origin(kind) in {Union, types.UnionType} and str in get_args(kind))
+
+
+def _keys(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in settings.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _keys(value, f"{prefix}{key}.")
+
+
+def _refuse_unknown(settings: Mapping[str, Any]) -> None:
+    fields = _fields()
+    for key in _keys(settings):
+        section, _, _ = key.rpartition(".")
+        # Below a plain value that was wrongly given a mapping, the type error says more.
+        if key not in fields and (not section or _section(fields[section]) is not None):
+            raise _unknown(key)
+
+
+def _unknown(key: str) -> RecipeError:
+    def likeness(candidate: str) -> float:
+        if candidate.endswith(".lr") and "learning" in key:
+            candidate = candidate.removesuffix("lr") + "learning_rate"
+        whole = difflib.SequenceMatcher(None, key, candidate).ratio()
+        last = difflib.SequenceMatcher(None, key.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
+        return whole + last
+
+    nearest = max(_fields(), key=likeness)
+    return RecipeError(
+        f"The recipe has no key {key!r}; the nearest is {nearest!r}.",
+        "`rayva recipe NAME` prints every key and its value",
+    )
+
+
+def _kind(value: Any) -> str:
+    names = {
+        bool: "true/false", int: "a whole number", float: "a number", str: "text", list: "a list",
+        dict: "a section", type(None): "nothing (null)",
+    }  # fmt: skip
+    return names.get(type(value), type(value).__name__)
+
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text (put it in quotes)",
+    "tuple_type": "a list",
+    "model_type": "a section (key.sub)",
+    "model_attributes_type": "a section (key.sub)",
+    "missing": "a value",
+    "finite_number": "a finite number",
+    "too_long": "a shorter list",
+}
+
+
+def _explain(fault: Any) -> str:
+    """One sentence about one of pydantic's faults: the key, what it wants, what it got."""
+    key = ".".join(str(part) for part in fault["loc"])
+    given, context = fault["input"], fault.get("ctx", {})
+    limits = {"greater_than_equal": ("ge", ">="), "greater_than": ("gt", ">"),
+              "less_than_equal": ("le", "<="), "less_than": ("lt", "<")}  # fmt: skip
+    if fault["type"] == "missing":
+        return f"{key} is missing."
+    if fault["type"] == "literal_error":
+        expected = f"one of {context['expected']}"
+    elif fault["type"] in limits:
+        bound, sign = limits[fault["type"]]
+        expected = f"a number {sign} {context[bound]}"
+    else:
+        expected = _EXPECTED.get(fault["type"], fault["msg"])
+    return f"{key}: expected {expected}, got {_kind(given)}: {given!r}."

@@ -1,0 +1,225 @@
+"""The recipe: one frozen, strictly validated object that decides a whole run.
+
+A recipe is plain data. Resolved, it is logged with every run and rebuilds it. Each step is
+addressed by the slice of the recipe that it reads, so a changed setting reruns only what depends
+on it. Numbers of the paper are cited by section (arXiv 2304.08485).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+class Config(BaseModel):
+    """Base of all sections: frozen, no unknown keys, no silent coercion of wrong types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Vision(Config):
+    """The frozen vision tower g(X_v) (section 4.1): CLIP ViT-L/14 grid features before the last layer."""
+
+    kind: Literal["clip", "siglip", "efficientnet_lite"] = "clip"
+    path: str = "openai/clip-vit-large-patch14"
+    """Local folder, hub name, or `builtin:NAME` for weights that the `weights` step makes."""
+    revision: str | None = None
+    layer: int = -2
+    """Index into the tower's hidden states; -2 is the penultimate layer."""
+    image_size: int | None = Field(default=None, ge=16, le=2048)
+    """Side in pixels; None takes the image processor's own."""
+    aspect: Literal["square", "pad"] = "square"
+    """`square`: resize the shorter side and centre-crop. `pad`: pad to a square with the mean colour."""
+
+
+class Language(Config):
+    """The language model f(.) (section 4.1): any Hugging Face causal language model."""
+
+    path: str = "lmsys/vicuna-13b-v1.3"
+    revision: str | None = None
+    hidden_size: int | None = Field(default=None, ge=1)
+    """Expected shape, checked when the weights are loaded; None accepts any."""
+    layers: int | None = Field(default=None, ge=1)
+    heads: int | None = Field(default=None, ge=1)
+
+
+class Weights(Config):
+    """How long the built-in models of `tiny` are trained before they take the place of CLIP and Vicuna."""
+
+    seed: int = 0
+    clip_steps: int = Field(default=220, ge=1)
+    clip_batch_size: int = Field(default=256, ge=8)
+    clip_lr: float = Field(default=1e-3, gt=0)
+    language_steps: int = Field(default=300, ge=1)
+    language_batch_size: int = Field(default=32, ge=1)
+    language_lr: float = Field(default=2e-3, gt=0)
+
+
+class ProjectorConfig(Config):
+    """The projection W (section 4.1): linear as in the paper, or the two-layer MLP of LLaVA-1.5."""
+
+    kind: Literal["linear", "mlp2x_gelu"] = "linear"
+
+
+class Conversation(Config):
+    """How samples become token sequences (section 4.2, table 2)."""
+
+    template: Literal["plain", "v0", "v1", "llama_2", "chatml", "tokenizer"] = "v1"
+    pretrain_template: Literal["plain", "v0", "v1", "llama_2", "chatml", "tokenizer"] = "plain"
+    """`plain`: image then caption, no question (LLaVA >= 1.0). Any other keeps the question (paper)."""
+    system: str | None = None
+    """Replaces the template's system message; an empty string leaves it out."""
+    image_position: Literal["data", "front", "random"] = "data"
+    """Where the first turn's image goes; `random` is equation 2 of the paper: [q, v] or [v, q]."""
+    max_tokens: int = Field(default=2048, ge=16)
+    """Longest sequence, image tokens included."""
+    over_length: Literal["truncate", "drop"] = "truncate"
+
+
+class Data(Config):
+    """Where images, captions and conversations come from."""
+
+    source: Literal["scenes", "emoji", "llava", "captions"] = "llava"
+    """Built-in `scenes` and `emoji`; `llava`: LLaVA JSON; `captions`: captioned images."""
+    seed: int = 0
+    pretrain_json: str | None = None
+    """LLaVA JSON of stage 1 (path or fsspec URI)."""
+    pretrain_images: str | None = None
+    finetune_json: str | None = None
+    """LLaVA JSON of stage 2."""
+    finetune_images: str | None = None
+    captions: str | None = None
+    """`captions` source: a Parquet table, or a folder with captions.{jsonl,csv,parquet} or *.txt."""
+    emoji_dir: str | None = None
+    """`emoji` source: the folder that the fetch command filled (docs/smol.md)."""
+    train_scenes: int = Field(default=0, ge=0)
+    test_scenes: int = Field(default=0, ge=0)
+    validation_scenes: int = Field(default=0, ge=0)
+    samples_per_image: int = Field(default=1, ge=1)
+    """Built-in sources: how many stage-2 conversations are written for each training image."""
+    questions_per_sample: int = Field(default=3, ge=1)
+    """Built-in scenes: most questions of one stage-2 conversation."""
+    test_fraction: float = Field(default=0.1, ge=0.0, lt=1.0)
+    """Share of the user's images held out for the gate, chosen by the hash of their id."""
+    max_pixels: int = Field(default=89_478_485, ge=1)
+    """Larger images are quarantined before they are decoded."""
+    max_bytes: int = Field(default=64 * 1024 * 1024, ge=1)
+
+
+class Features(Config):
+    """The feature store of frozen vision features."""
+
+    mode: Literal["store", "inline"] = "store"
+    """`inline`: in the training worker instead (at 7B the frozen forward is 1-2 % of the FLOPs)."""
+    batch_size: int = Field(default=64, ge=1)
+    shard_rows: int = Field(default=2048, ge=1)
+    encoders: int = Field(default=1, ge=1)
+    """Encoder actors."""
+    encoder_cpus: float = Field(default=1.0, ge=0)
+    encoder_gpus: float = Field(default=0.0, ge=0)
+    decoder_cpus: float = Field(default=1.0, gt=0)
+
+
+class Stage(Config):
+    """One training stage (section 4.2)."""
+
+    train: Literal["projector", "all"] = "projector"
+    """Stage 1 trains only W; stage 2 trains W and the language model."""
+    lr: float = Field(default=2e-3, gt=0)
+    projector_lr: float | None = Field(default=None, gt=0)
+    """Learning rate of W where it differs from `lr`."""
+    batch_size: int = Field(default=128, ge=1)
+    """Global batch: samples per optimizer step over all workers."""
+    epochs: float = Field(default=1.0, gt=0)
+    micro_batch_size: int = Field(default=16, ge=1)
+    """Samples per forward pass of one worker."""
+    warmup_ratio: float = Field(default=0.03, ge=0, le=1)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    precision: Precision = "bfloat16"
+    """`auto`: bf16 where the device computes it natively, else float32."""
+    zero: Literal[0, 1, 2, 3] = 0
+    offload: bool = False
+    """Optimizer state in host memory (DeepSpeed CPU offload)."""
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    checkpoint_every: int = Field(default=200, ge=1)
+    """Optimizer steps between checkpoints."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+
+
+class Evaluation(Config):
+    """Held-out questions, asked with the right image, a wrong one, and none; and the promotion gate."""
+
+    max_questions: int | None = Field(default=None, ge=1)
+    """Asks only the first N per task, in an order fixed by `seed`."""
+    batch_size: int = Field(default=64, ge=1)
+    max_new_tokens: int = Field(default=32, ge=1)
+    seed: int = 0
+    min_accuracy: float = Field(default=0.5, ge=0, le=1)
+    """The gate: accuracy on grounding questions with the right image must reach this ..."""
+    min_margin: float = Field(default=0.2, ge=0, le=1)
+    """... and exceed the accuracy with shuffled images, and without image, by this."""
+    gallery: int = Field(default=24, ge=0)
+    """Test images shown with question, reference and answer in the report."""
+    gpus: float = Field(default=0.0, ge=0)
+
+
+class Scaling(Config):
+    """What the training workers take from the cluster."""
+
+    workers: int = Field(default=1, ge=1)
+    cpus_per_worker: float = Field(default=1.0, ge=0)
+    gpus_per_worker: float = Field(default=0.0, ge=0)
+    max_failures: int = Field(default=3, ge=0)
+    """Worker failures survived before the job gives up."""
+
+
+class Tracking(Config):
+    """MLflow."""
+
+    uri: str | None = None
+    """Tracking server; None keeps a SQLite store under the storage root."""
+    experiment: str = "rayva"
+    model_name: str | None = None
+    """Name in the model registry; None takes `rayva-<recipe>`."""
+
+
+class Serving(Config):
+    """The endpoint that serves the registered model."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=1, le=65535)
+    min_replicas: int = Field(default=1, ge=1)
+    max_replicas: int = Field(default=2, ge=1)
+    cpus_per_replica: float = Field(default=1.0, ge=0)
+    gpus_per_replica: float = Field(default=0.0, ge=0)
+    max_new_tokens: int = Field(default=256, ge=1)
+    max_images: int = Field(default=4, ge=1)
+    max_image_bytes: int = Field(default=10 * 1024 * 1024, ge=1)
+
+
+class Recipe(Config):
+    """A whole run, resolved."""
+
+    name: str
+    vision: Vision = Vision()
+    language: Language = Language()
+    weights: Weights = Weights()
+    projector: ProjectorConfig = ProjectorConfig()
+    conversation: Conversation = Conversation()
+    data: Data = Data()
+    features: Features = Features()
+    pretrain: Stage = Stage()
+    finetune: Stage = Stage(train="all", lr=2e-5, batch_size=32, epochs=3.0)
+    evaluation: Evaluation = Evaluation()
+    scaling: Scaling = Scaling()
+    tracking: Tracking = Tracking()
+    serving: Serving = Serving()

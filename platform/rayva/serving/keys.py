@@ -1,0 +1,31 @@
+"""API keys: kept as digests, compared in constant time."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+from collections.abc import Mapping
+
+ENVIRONMENT = "RAYVA_API_KEYS"
+
+
+def key_digests(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """SHA-256 of each key in RAYVA_API_KEYS (separated by commas); empty where none is set."""
+    keys = (key.strip() for key in environment.get(ENVIRONMENT, "").split(","))
+    return tuple(_digest(key) for key in keys if key)
+
+
+def allowed(authorization: str | None, digests: tuple[str, ...]) -> bool:
+    """Whether an Authorization header carries one of the keys; always, where there are no keys."""
+    if not digests:
+        return True
+    scheme, _, key = (authorization or "").partition(" ")
+    presented = _digest(key.strip())
+    # Every digest is compared, so that the time taken tells nothing about which one is near.
+    matches = [hmac.compare_digest(presented, digest) for digest in digests]
+    return scheme.lower() == "bearer" and any(matches)
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""Conversations as token sequences: templates, tokenisation, label spans."""

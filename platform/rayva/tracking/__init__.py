@@ -1,0 +1,1 @@
+"""Experiment tracking with MLflow: runs, the spool for times without a server, the model registry."""

@@ -1,0 +1,67 @@
+"""Where the tracking store is: checked before any work is done, and shown without its secrets."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from rayva.errors import RayvaError
+from rayva.storage import Storage
+
+_USERINFO = re.compile(r"(?<=://)[^/\s]*@")
+_SECRET_QUERY = re.compile(r"([?&][^=&\s]*(?:token|key|secret|password|sig)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
+_SERVERS = ("http", "https")
+_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+_EXAMPLES = "use http://host:5000, sqlite:////path/mlflow.db, or leave it out for a store under --storage"
+
+
+class TrackingError(RayvaError):
+    """The tracking store cannot be used as it is given."""
+
+
+def redact(text: str) -> str:
+    """`text` with the user names, passwords and tokens of every URI in it replaced by ***."""
+    return _SECRET_QUERY.sub(r"\1***", _USERINFO.sub("***@", text))
+
+
+def is_server(uri: str) -> bool:
+    """Whether `uri` is a tracking server, which keeps artifacts itself, and not a database."""
+    return urlsplit(uri).scheme in _SERVERS
+
+
+def tracking_uri(given: str | None, storage: Storage) -> str:
+    """The store's URI: the given one, else a SQLite file under the storage root.
+
+    Raises:
+        TrackingError: no URI for a storage that cannot hold SQLite, or a URI that MLflow cannot use.
+    """
+    if given is None:
+        if not storage.is_local:
+            raise TrackingError(
+                f"MLflow's own store needs a local disk, but the storage is {redact(storage.root)}.",
+                "set tracking.uri to a tracking server, for example tracking.uri=http://host:5000",
+            )
+        return f"sqlite:///{storage.path('mlflow.db')}"
+    if given == "databricks" or given.startswith("databricks://"):
+        return given
+    shown = redact(given)
+    parts = urlsplit(given)
+    scheme = parts.scheme.partition("+")[0]
+    if scheme not in (*_SERVERS, *_DATABASES):
+        what = f"its scheme {parts.scheme!r} is not known" if parts.scheme else "it is not a URI"
+        raise TrackingError(f"tracking.uri {shown!r} cannot be used: {what}.", _EXAMPLES)
+    if scheme in _SERVERS and not parts.hostname:
+        raise TrackingError(f"tracking.uri {shown!r} names no host.", _EXAMPLES)
+    if scheme == "sqlite":
+        _check_sqlite(given, shown)
+    return given
+
+
+def _check_sqlite(uri: str, shown: str) -> None:
+    _, marker, path = uri.partition(":///")
+    if not marker or not path:
+        raise TrackingError(f"tracking.uri {shown!r} names no file.", _EXAMPLES)
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise TrackingError(f"tracking.uri {shown!r}: there is no folder {folder}.", "make the folder first")

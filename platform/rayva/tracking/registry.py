@@ -1,0 +1,114 @@
+"""The model registry: a version leads to the model's folder; its files are never uploaded.
+
+What is registered is a reference (JSON) and tags. No pickle, and no copy of the weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rayva.storage import Storage
+from rayva.tracking.address import TrackingError, is_server, redact
+from rayva.tracking.outbox import Rejected, ServerAway
+from rayva.tracking.server import MlflowServer
+
+CANDIDATE = "candidate"
+CHAMPION = "champion"
+DIGEST_TAG = "rayva.digest"
+MODEL_TAG = "rayva.model"
+"""Where the model folder lies: a local path or fsspec URI."""
+REFERENCE = "rayva-model.json"
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A version in the registry, and all aliases that point at it."""
+
+    name: str
+    version: str
+    aliases: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where to register: the store, and the MLflow run that made the model."""
+
+    uri: str
+    experiment: str
+    storage: Storage
+    run_id: str
+
+
+def register(
+    place: Place, name: str, model: str, tags: Mapping[str, str], about: Mapping[str, Any], champion: bool
+) -> Registered:
+    """Makes a version of the registered model `name`, or takes the one that has the same digest tag.
+
+    The newest model always gets the alias `candidate`, and `champion` if it passed the gate.
+
+    Args:
+        model: local path or URI of the model folder.
+        tags: must hold `DIGEST_TAG`.
+        about: JSON data kept beside the run as `model/rayva-model.json`.
+
+    Raises:
+        TrackingError: the server is away or refuses; running the job again goes on here.
+    """
+    server = MlflowServer(place.uri, place.experiment, place.storage)
+    try:
+        server.connect()
+        version = _find(server, name, tags[DIGEST_TAG])
+        if version is None:
+            version = _create(server, place, name, model, tags, about)
+        for alias in (CANDIDATE, CHAMPION) if champion else (CANDIDATE,):
+            _set_alias(server, name, alias, version)
+        aliases = server.ask(lambda: server.client.get_model_version(name, version)).aliases
+    except ServerAway as error:
+        raise TrackingError(
+            f"The model could not be registered: {redact(place.uri)} cannot be reached ({error}).",
+            "start the tracking server and run the same command again; all other steps stay finished",
+        ) from error
+    except Rejected as error:
+        raise TrackingError(
+            f"The registry at {redact(place.uri)} does not take the model {name!r}: {error}",
+            "set tracking.model_name to another name, or ask whoever runs the server",
+        ) from error
+    return Registered(name, version, tuple(sorted(aliases)))
+
+
+def _find(server: MlflowServer, name: str, digest: str) -> str | None:
+    """The newest version with this digest."""
+    found = server.ask(lambda: server.client.search_model_versions(f"name = '{name}'"))
+    same = [int(entry.version) for entry in found if entry.tags.get(DIGEST_TAG) == digest]
+    return str(max(same)) if same else None
+
+
+def _create(
+    server: MlflowServer,
+    place: Place,
+    name: str,
+    model: str,
+    tags: Mapping[str, str],
+    about: Mapping[str, Any],
+) -> str:
+    client = server.client
+    text = json.dumps({**about, "model": model, "tags": dict(tags)}, indent=1)
+    server.ask(lambda: client.log_text(place.run_id, text, f"model/{REFERENCE}"))
+    if not server.ask(lambda: client.search_registered_models(f"name = '{name}'")):
+        server.ask(lambda: client.create_registered_model(name))
+    # A tracking server refuses paths on other machines' disks; there, the reference stands in.
+    unreachable = is_server(place.uri) and place.storage.is_local
+    source = f"runs:/{place.run_id}/model" if unreachable else model
+    made = server.ask(
+        lambda: client.create_model_version(
+            name, source, run_id=place.run_id, tags={MODEL_TAG: model, **tags}
+        )
+    )
+    return str(made.version)
+
+
+def _set_alias(server: MlflowServer, name: str, alias: str, version: str) -> None:
+    server.ask(lambda: server.client.set_registered_model_alias(name, alias, version))

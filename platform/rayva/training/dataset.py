@@ -1,0 +1,150 @@
+"""Samples as the model takes them: a table of conversations, and the visual features of its images."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rayva.data.schema import Turn
+from rayva.errors import DataError
+from rayva.model.batch import Row, expand_images
+from rayva.text.conversation import BadConversation, messages_from_turns, place_image
+from rayva.text.encode import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode_sample
+from rayva.text.templates import Template
+
+
+class FeatureReader(Protocol):
+    """Where visual features come from: the store, or a tower that encodes on the spot."""
+
+    num_tokens: int
+    """N: features of one image."""
+
+    def read(self, image_ids: Sequence[str]) -> list[Tensor]:
+        """Features [N, D] of each image."""
+        ...
+
+
+class StoredFeatures:
+    """Features of the store, found by the image's content key."""
+
+    def __init__(
+        self, read: Callable[[str], npt.NDArray[np.float16]], keys: Mapping[str, str], num_tokens: int
+    ) -> None:
+        self._read, self._keys, self.num_tokens = read, keys, num_tokens
+
+    def read(self, image_ids: Sequence[str]) -> list[Tensor]:
+        """Features [N, D] of each image, in fp16."""
+        return [torch.tensor(self._read(self._keys[image_id])) for image_id in image_ids]
+
+
+@dataclass(frozen=True, slots=True)
+class TextSettings:
+    """How conversations become token sequences."""
+
+    template: Template
+    image_position: Literal["data", "front", "random"] = "data"
+    max_tokens: int = 2048
+    over_length: Literal["truncate", "drop"] = "truncate"
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One encoded sample, images expanded; its features are read only by the rank that trains on it."""
+
+    sample_id: str
+    image_ids: tuple[str, ...]
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def supervised(self) -> int:
+        """Positions that the loss counts: the first one has nothing before it to be predicted from."""
+        return sum(label != IGNORE_INDEX for label in self.labels[1:])
+
+
+class SampleSource:
+    """A stage's samples by index; those with an image that has no features are left out and counted.
+
+    `samples` is a table of `rayva.data.schema.SAMPLES`; `image_ids` are those that have features.
+    """
+
+    def __init__(
+        self,
+        samples: pa.Table,
+        image_ids: pa.Array,
+        features: FeatureReader,
+        text: TextSettings,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        usable = _rows_with_known_images(samples, image_ids)
+        self.left_out = {"image_quarantined": samples.num_rows - len(usable)}
+        self._samples, self._rows = samples, usable
+        self._features, self._text, self._tokenizer = features, text, tokenizer
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def example(self, index: int, epoch: int, counts: Counter[str]) -> Example | None:
+        """Encodes a sample; None where it cannot be used. Both, and truncation, are added to `counts`.
+
+        Random choices depend on (seed, epoch, index) alone.
+        """
+        row = self._samples.slice(int(self._rows[index]), 1).to_pylist()[0]
+        image_ids = tuple(row["image_ids"])
+        turns = [Turn(turn["role"], turn["text"]) for turn in row["turns"]]
+        try:
+            messages = messages_from_turns(turns, len(image_ids))
+            messages = place_image(messages, self._text.image_position, self._rng(epoch, index))
+            encoded = encode_sample(messages, self._text.template, self._tokenizer)
+        except BadConversation as error:
+            counts[f"dropped_{error.reason}"] += 1
+            return None
+        ids, labels = expand_images(encoded.input_ids, encoded.labels, self._features.num_tokens)
+        if len(ids) > self._text.max_tokens:
+            if self._text.over_length == "drop":
+                counts["dropped_over_length"] += 1
+                return None
+            counts["truncated"] += 1
+            ids, labels = ids[: self._text.max_tokens], labels[: self._text.max_tokens]
+        return Example(row["sample_id"], image_ids, ids, labels)
+
+    def rows(self, examples: Sequence[Example]) -> list[Row]:
+        """Examples with their features; a truncated image keeps the features that still have a place."""
+        places = [sum(token == IMAGE_TOKEN_INDEX for token in example.input_ids) for example in examples]
+        images = [-(-count // self._features.num_tokens) for count in places]
+        wanted = [example.image_ids[:count] for example, count in zip(examples, images, strict=True)]
+        features = iter(self._features.read([image_id for ids in wanted for image_id in ids]))
+        rows = []
+        for example, ids, count in zip(examples, wanted, places, strict=True):
+            own = [next(features) for _ in ids]
+            rows.append(Row(example.input_ids, example.labels, torch.cat(own)[:count] if own else None))
+        return rows
+
+    def _rng(self, epoch: int, index: int) -> random.Random:
+        key = f"{self._text.seed}/{epoch}/{index}".encode()
+        return random.Random(hashlib.blake2b(key, digest_size=8).digest())
+
+
+def _rows_with_known_images(samples: pa.Table, image_ids: pa.Array) -> npt.NDArray[np.int64]:
+    """Indices of the rows all of whose images are among `image_ids`; text-only rows are."""
+    if not samples.num_rows:
+        raise DataError("The table of samples is empty", "Look at the quarantine table of the data step.")
+    lists = pa.concat_arrays(samples["image_ids"].chunks)
+    unknown = np.asarray(pc.invert(pc.is_in(lists.flatten(), value_set=image_ids)), dtype=np.int64)
+    lengths = np.asarray(pc.list_value_length(lists), dtype=np.int64)
+    ends = np.cumsum(lengths)
+    running = np.concatenate([[0], np.cumsum(unknown)])
+    return np.flatnonzero(running[ends] == running[ends - lengths])

@@ -1,0 +1,205 @@
+"""The DeepSpeed engine behind a small interface: forward, backward, step, save, load, gather."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rayva.errors import TrainingError
+from rayva.model.batch import Batch
+from rayva.model.vlm import VisionLanguageModel
+from rayva.recipes.schema import Stage
+
+_TAG = "engine"
+"""Folder of DeepSpeed's own files inside a checkpoint."""
+
+
+def init_distributed(device: torch.device) -> None:
+    """Joins the process group that torchrun or Ray Train describes, or makes one of this process alone.
+
+    DeepSpeed's choice of accelerator is made on its import, so this comes before any.
+    """
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if "MASTER_ADDR" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
+            store = dist.HashStore()  # type: ignore[attr-defined]  # its stub is not exported
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import logger as deepspeed_logger
+
+    deepspeed_logger.setLevel(logging.WARNING)
+    if device.type == "cpu":
+        # DeepSpeed would compile a shared-memory all-reduce (about a minute of g++) that only its
+        # tensor-parallel inference calls. Marked as incompatible it is left out; gloo does all
+        # collectives of training either way.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+class Engine:
+    """A model under DeepSpeed: ZeRO, mixed precision and the optimizer.
+
+    Learning rates are set from outside at each step; loss scaling by sample or token counts is the
+    caller's: gradients are summed over micro-batches and ranks, never averaged.
+    """
+
+    def __init__(
+        self,
+        model: VisionLanguageModel,
+        stage: Stage,
+        micro_batches: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        import deepspeed
+
+        self.world_size = dist.get_world_size()
+        self.rank = dist.get_rank()
+        self.device = device
+        # In bf16, DeepSpeed's optimizer of stage 0 takes a step of its own on start, which shifts Adam's
+        # bias correction; that of stage 2, which computes the same, does not.
+        self.zero = 2 if stage.zero == 0 and dtype == torch.bfloat16 else stage.zero
+        self._max_grad_norm = stage.max_grad_norm
+        # Without ZeRO DeepSpeed clips but does not tell the norm.
+        self._clips_itself = self.zero == 0
+        if stage.gradient_checkpointing:
+            model.language.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        groups = _parameter_groups(model, stage)
+        self._base_lrs = [float(group["lr"]) for group in groups]
+        optimizer = torch.optim.AdamW(groups, betas=stage.betas, eps=stage.eps, fused=not stage.offload)
+        config = _config(stage, self.zero, micro_batches, dtype)
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=model.to(dtype), optimizer=optimizer, config=config
+        )
+
+    @property
+    def model(self) -> VisionLanguageModel:
+        """The model itself; under ZeRO 3 its parameters are partitioned."""
+        module: VisionLanguageModel = self._engine.module
+        return module
+
+    def loss_sum(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`VisionLanguageModel.loss_sum` under the engine's hooks."""
+        result: tuple[Tensor, Tensor] = self._engine(batch.to(self.device))
+        return result
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of `loss` to those of all micro-batches and ranks of this step."""
+        # DeepSpeed averages over ranks; the factor turns that into a sum.
+        self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
+
+    def accumulate(self) -> None:
+        """To be called after the backward pass of every micro-batch of a step but the last."""
+        self._engine.step()
+
+    def update(self, lr_factor: float) -> float:
+        """To be called after the last backward pass of a step: clips, updates, returns the grad norm."""
+        for group, base in zip(self._optimizer.param_groups, self._base_lrs, strict=True):
+            group["lr"] = base * lr_factor
+        if self._clips_itself:
+            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            norm = nn.utils.clip_grad_norm_(trained, self._max_grad_norm)
+            self._engine.step()
+            return float(norm)
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm())
+
+    def reduce_sum(self, values: list[float]) -> list[float]:
+        """Sums over all ranks; the same numbers on every rank."""
+        if self.world_size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        summed: list[float] = tensor.tolist()
+        return summed
+
+    def save(self, folder: Path) -> None:
+        """Writes this rank's part of weights and optimizer state; frozen weights are left out."""
+        # DeepSpeed leaves out frozen parameters too, but not the second name of a tied one.
+        hook = self._engine.module.register_state_dict_post_hook(_remove_frozen)
+        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+        hook.remove()
+
+    def load(self, folder: Path) -> None:
+        """Loads what `save` wrote on all ranks. It unpickles: `folder` must have been verified before."""
+        loaded, _ = self._engine.load_checkpoint(
+            str(folder), tag=_TAG, load_module_strict=False, load_lr_scheduler_states=False
+        )
+        if loaded is None:
+            raise TrainingError(
+                f"DeepSpeed finds no state in the checkpoint {folder}",
+                "Delete this checkpoint; training then goes on from the one before.",
+            )
+
+    def gather(self, module: nn.Module) -> dict[str, Tensor] | None:
+        """The whole state of a part of the model, on the CPU: on rank 0; None on the others.
+
+        Every rank has to call it. Tied parameters share one tensor.
+        """
+        import deepspeed
+
+        gathered: dict[str, Tensor] = {}
+        copies: dict[int, Tensor] = {}
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            parts = [tensor] if self.zero == 3 and isinstance(tensor, nn.Parameter) else []
+            with deepspeed.zero.GatheredParameters(parts, enabled=bool(parts)):
+                if self.rank == 0:
+                    if id(tensor) not in copies:
+                        copies[id(tensor)] = tensor.detach().cpu().clone()
+                    gathered[name] = copies[id(tensor)]
+        return gathered if self.rank == 0 else None
+
+    def close(self) -> None:
+        """Takes DeepSpeed's hooks off the model."""
+        self._engine.destroy()
+
+
+def _remove_frozen(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            state.pop(prefix + name, None)
+
+
+def _parameter_groups(model: VisionLanguageModel, stage: Stage) -> list[dict[str, Any]]:
+    """Projector and language model apart (each has its learning rate), norms and biases without decay."""
+    groups = []
+    for module, lr in ((model.projector, stage.projector_lr or stage.lr), (model.language, stage.lr)):
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        matrices = [parameter for parameter in trained if parameter.ndim >= 2]
+        vectors = [parameter for parameter in trained if parameter.ndim < 2]
+        for parameters, decay in ((matrices, stage.weight_decay), (vectors, 0.0)):
+            if parameters:
+                groups.append({"params": parameters, "lr": lr, "weight_decay": decay})
+    return groups
+
+
+def _config(stage: Stage, zero: int, micro_batches: int, dtype: torch.dtype) -> dict[str, Any]:
+    zero_config: dict[str, Any] = {"stage": zero, "contiguous_gradients": True, "overlap_comm": False}
+    if stage.offload:
+        zero_config["offload_optimizer"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": stage.micro_batch_size,
+        "gradient_accumulation_steps": micro_batches,
+        "gradient_clipping": stage.max_grad_norm if zero else 0.0,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": zero_config,
+        # torch's AdamW instead of DeepSpeed's, which would be compiled on first use.
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }

@@ -1,0 +1,237 @@
+"""The training loop of both stages. It runs under Ray Train, torchrun, or in one plain process."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from rayva.errors import TrainingError
+from rayva.model.freeze import apply_freeze_policy
+from rayva.model.vlm import VisionLanguageModel
+from rayva.recipes.schema import Stage
+from rayva.training.checkpoint import (
+    DamagedCheckpointError,
+    Progress,
+    verify,
+    write_manifest,
+    write_progress,
+)
+from rayva.training.dataset import SampleSource
+from rayva.training.engine import Engine
+from rayva.training.plan import TrainingPlan
+from rayva.training.precision import resolve_precision
+from rayva.training.prefetch import PreparedStep, Share, prefetch
+from rayva.training.schedule import lr_factor
+
+logger = logging.getLogger(__name__)
+
+Metrics = dict[str, float]
+
+
+class SavedCheckpoint(Protocol):
+    """A checkpoint that an earlier attempt left, wherever it is stored."""
+
+    @property
+    def name(self) -> str:
+        """Where it is, for messages."""
+        ...
+
+    def open(self) -> AbstractContextManager[Path]:
+        """The merged checkpoint as a local folder."""
+        ...
+
+
+class Hooks(Protocol):
+    """What surrounds the loop."""
+
+    def on_metrics(self, step: int, metrics: Metrics) -> None:
+        """After each optimizer step, on every rank; `step` steps are done and the numbers are global."""
+        ...
+
+    def on_checkpoint(self, folder: Path, step: int, metrics: Metrics) -> None:
+        """Stores what this rank wrote into `folder`, which is gone afterwards. Called on every rank."""
+        ...
+
+    def checkpoints(self) -> Sequence[SavedCheckpoint]:
+        """Checkpoints to go on from, newest first; the same on every rank."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TrainJob:
+    """One stage. `digest` identifies it: a checkpoint of another one is refused."""
+
+    model: VisionLanguageModel
+    source: SampleSource
+    plan: TrainingPlan
+    stage: Stage
+    device: torch.device
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """The trained model under its engine, and figures of the whole stage, interrupted attempts included."""
+
+    engine: Engine
+    counts: dict[str, int]
+    final: Metrics
+    precision: str
+
+
+def train(job: TrainJob, hooks: Hooks) -> TrainResult:
+    """Trains a stage from its newest sound checkpoint, or from the beginning, to its end.
+
+    The process group must have been joined (`init_distributed`). The loss of a step is the sum over
+    the supervised tokens of the global batch divided by their number, whatever the world size and
+    the micro-batch size. Raises `TrainingError` when it is not finite.
+    """
+    stage, plan = job.stage, job.plan
+    dtype, why = resolve_precision(stage.precision, job.device)
+    logger.info("precision %s: %s", dtype, why)
+    share = Share(dist.get_rank(), dist.get_world_size(), stage.micro_batch_size)
+    torch.manual_seed(stage.seed)
+    apply_freeze_policy(job.model, stage.train)
+    vision_hidden = job.model.vision_hidden
+    micro_batches = plan.micro_batches(share.world_size, share.micro)
+    engine = Engine(job.model, stage, micro_batches, dtype, job.device)
+    fresh = Progress(0, share.world_size, engine.zero, str(dtype), job.digest)
+    state = _restore(engine, hooks, fresh)
+    counts, metrics = Counter(state.counts), Metrics()
+    with prefetch(state.step, plan, job.source, share, vision_hidden) as steps:
+        started = time.monotonic()
+        for prepared, waited in steps:
+            metrics = _run_step(engine, prepared, job)
+            counts.update(prepared.counts)
+            metrics |= _speed(engine, prepared, time.monotonic() - started, waited)
+            started = time.monotonic()
+            done = prepared.step + 1
+            hooks.on_metrics(done, metrics)
+            if done % stage.checkpoint_every == 0 and done < plan.steps_total:
+                progress = replace(fresh, step=done, counts=dict(counts))
+                _save(engine, hooks, progress, metrics)
+    return TrainResult(engine, dict(counts), metrics, f"{dtype}".removeprefix("torch.") + f" ({why})")
+
+
+def _run_step(engine: Engine, prepared: PreparedStep, job: TrainJob) -> Metrics:
+    """One optimizer step; its metrics are global and the same on every rank."""
+    stage = job.stage
+    _seed_generators(stage.seed, prepared.step, engine.rank)
+    # A global batch without any supervised token has a loss and a gradient of zero.
+    denominator = max(1, prepared.supervised)
+    total = torch.zeros((), dtype=torch.float64, device=engine.device)
+    for index, batch in enumerate(prepared.micro_batches):
+        if index:
+            engine.accumulate()
+        loss_sum, _ = engine.loss_sum(batch)
+        total += loss_sum.detach()
+        engine.backward(loss_sum / denominator)
+    loss = engine.reduce_sum([total.item()])[0] / denominator
+    _require_finite("loss", loss, prepared)
+    factor = lr_factor(prepared.step, job.plan.steps_total, stage.warmup_ratio, stage.schedule)
+    norm = engine.update(factor)
+    _require_finite("gradient's norm", norm, prepared)
+    return {
+        "loss": loss,
+        "lr": stage.lr * factor,
+        "grad_norm": norm,
+        "supervised_tokens": float(prepared.supervised),
+        "epoch": (prepared.step + 1) / job.plan.steps_per_epoch,
+    }
+
+
+def _speed(engine: Engine, prepared: PreparedStep, seconds: float, waited: float) -> Metrics:
+    """Global speed of a step: tokens are real ones, seconds and waiting are means over the ranks."""
+    totals = engine.reduce_sum([seconds, waited])
+    seconds, waited = (total / engine.world_size for total in totals)
+    return {
+        "tokens_per_second": prepared.tokens / seconds,
+        "samples_per_second": len(prepared.sample_ids) / seconds,
+        "padding_share": 1 - prepared.tokens / max(1, prepared.padded_tokens),
+        "wait_share": waited / seconds,
+        "seconds": seconds,
+    }
+
+
+def _require_finite(what: str, value: float, prepared: PreparedStep) -> None:
+    if not math.isfinite(value):
+        raise TrainingError(
+            f"The {what} is {value} in step {prepared.step}, whose samples are: "
+            + ", ".join(prepared.sample_ids),
+            "Look at these samples; a lower learning rate, a longer warm-up or precision=float32 may help "
+            "too. Started again, training goes on from the last checkpoint.",
+        )
+
+
+def _seed_generators(seed: int, step: int, rank: int) -> None:
+    """Makes all random choices of a step (dropout) a function of (seed, step, rank): no state to save."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=7).digest()
+    torch.manual_seed(int.from_bytes(digest, "big"))
+
+
+def _save(engine: Engine, hooks: Hooks, progress: Progress, metrics: Metrics) -> None:
+    with tempfile.TemporaryDirectory(prefix="rayva-checkpoint-") as temporary:
+        folder = Path(temporary)
+        engine.save(folder)
+        if engine.rank == 0:
+            write_progress(folder, progress)
+        write_manifest(folder, engine.rank)
+        hooks.on_checkpoint(folder, progress.step, metrics)
+
+
+def _restore(engine: Engine, hooks: Hooks, fresh: Progress) -> Progress:
+    """Loads the newest sound checkpoint and returns its position, or `fresh` where there is none.
+
+    Every rank verifies the copy that it is going to load; one that any rank rejects is passed over.
+    """
+    for checkpoint in hooks.checkpoints():
+        with checkpoint.open() as folder:
+            progress, problem = None, ""
+            try:
+                progress = verify(folder)
+            except DamagedCheckpointError as error:
+                problem = str(error)
+            rejected = engine.reduce_sum([float(progress is None)])[0] > 0
+            if progress is None or rejected:
+                logger.warning(
+                    "checkpoint %s is passed over, the one before is taken: %s",
+                    checkpoint.name,
+                    problem or "another worker's copy is damaged",
+                )
+                continue
+            _require_compatible(checkpoint.name, progress, fresh)
+            engine.load(folder)
+            logger.info("going on from checkpoint %s, step %d", checkpoint.name, progress.step)
+            return progress
+    return fresh
+
+
+def _require_compatible(name: str, found: Progress, now: Progress) -> None:
+    if found.job_digest != now.job_digest:
+        raise TrainingError(
+            f"The checkpoint {name} belongs to a training with other settings or data",
+            "Give this run a storage folder of its own.",
+        )
+    if found.dtype != now.dtype:
+        raise TrainingError(
+            f"The checkpoint {name} was trained in {found.dtype}, this machine would go on in {now.dtype}",
+            "Set the stage's precision to that of the checkpoint.",
+        )
+    if found.world_size != now.world_size and now.zero > 0:
+        raise TrainingError(
+            f"The checkpoint {name} was saved by {found.world_size} workers with ZeRO {found.zero}; "
+            f"there are {now.world_size} now",
+            f"Run with scaling.workers={found.world_size}.",
+        )

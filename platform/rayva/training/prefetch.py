@@ -1,0 +1,99 @@
+"""Prepares the steps to come in a background thread: the plan's future is known."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rayva.model.batch import Batch, collate
+from rayva.training.dataset import Example, SampleSource
+from rayva.training.plan import TrainingPlan, deal
+
+_AHEAD = 2
+"""Steps that wait ready, at most: enough to hide reading, little memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedStep:
+    """One optimizer step: this rank's micro-batches, and figures of the global batch."""
+
+    step: int
+    micro_batches: list[Batch]
+    sample_ids: list[str]
+    tokens: int
+    padded_tokens: int
+    supervised: int
+    counts: Counter[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Which part of every global batch is this rank's."""
+
+    rank: int
+    world_size: int
+    micro: int
+
+
+def prepare_step(
+    step: int, plan: TrainingPlan, source: SampleSource, share: Share, vision_hidden: int
+) -> PreparedStep:
+    """Encodes a global batch and reads the features of this rank's part.
+
+    Every rank encodes the text of the whole batch: that takes a fraction of a step, and tells each
+    of them the global token counts and the dealing without a message.
+    """
+    counts: Counter[str] = Counter()
+    epoch = plan.epoch_of(step)
+    encoded = [source.example(index, epoch, counts) for index in plan.global_batch(step)]
+    examples = [example for example in encoded if example is not None]
+    lengths = [len(example.input_ids) for example in examples]
+    dealt = deal(lengths, share.world_size, share.micro, plan.micro_batches(share.world_size, share.micro))
+    padded = sum(len(batch) * max(lengths[i] for i in batch) for rank in dealt for batch in rank if batch)
+    own = [[examples[i] for i in batch] for batch in dealt[share.rank]]
+    supervised = sum(example.supervised for example in examples)
+    counts.update(samples=len(examples), supervised_tokens=supervised, tokens=sum(lengths))
+    return PreparedStep(
+        step=step,
+        micro_batches=[_batch(part, source, vision_hidden) for part in own],
+        sample_ids=[example.sample_id for example in examples],
+        tokens=sum(lengths),
+        padded_tokens=padded,
+        supervised=supervised,
+        counts=counts,
+    )
+
+
+def _batch(examples: list[Example], source: SampleSource, vision_hidden: int) -> Batch:
+    return collate(source.rows(examples), vision_hidden)
+
+
+@contextmanager
+def prefetch(
+    first_step: int, plan: TrainingPlan, source: SampleSource, share: Share, vision_hidden: int
+) -> Iterator[Iterator[tuple[PreparedStep, float]]]:
+    """Yields an iterator over (step, seconds waited for it); an error in the thread is raised at its step."""
+    executor = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+
+    def submit(step: int) -> Future[PreparedStep]:
+        return executor.submit(prepare_step, step, plan, source, share, vision_hidden)
+
+    def steps() -> Iterator[tuple[PreparedStep, float]]:
+        ahead = range(first_step, min(first_step + _AHEAD, plan.steps_total))
+        pending = deque(submit(step) for step in ahead)
+        while pending:
+            started = time.monotonic()
+            prepared = pending.popleft().result()
+            waited = time.monotonic() - started
+            if prepared.step + _AHEAD < plan.steps_total:
+                pending.append(submit(prepared.step + _AHEAD))
+            yield prepared, waited
+
+    try:
+        yield steps()
+    finally:
+        executor.shutdown(cancel_futures=True)

@@ -1,0 +1,1 @@
+"""Images and the frozen vision towers: decoding, preprocessing, grid features."""

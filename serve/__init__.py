@@ -1,0 +1,1 @@
+"""The endpoint for `serve run` and `serve deploy`."""

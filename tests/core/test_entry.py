@@ -1,0 +1,157 @@
+"""The scripts of pipelines/ and the `rayva` command: help, faults, dry runs, and quick starts."""
+
+import importlib.util
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rayva import cli
+from rayva.commands import COMMANDS
+from rayva.orchestration import entry
+from rayva.orchestration.pipeline import STEPS
+from rayva.recipes import resolve, to_dict
+from tests.core import job
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("ray", "torch", "transformers", "mlflow", "deepspeed", "PIL")
+
+FINISHED = """
+import json, runpy, sys
+sys.argv[:] = sys.argv[1:]
+sys.path.insert(0, "pipelines")  # as Python does for a script
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    assert end.code == 0, end.code
+print(json.dumps(sorted(sys.modules)))
+"""
+
+
+def script(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_every_step_has_its_script() -> None:
+    scripts = {path.stem: path.read_text() for path in (ROOT / "pipelines").glob("[a-z]*.py")}
+    assert set(scripts) >= {"full", *(step.name for step in STEPS)}
+    for step in STEPS:
+        assert f'main(only="{step.name}")' in scripts[step.name]
+
+
+def test_help_works_from_any_folder(tmp_path: Path) -> None:
+    # A Hugging Face library is called `evaluate`, too.
+    done = script(str(ROOT / "pipelines" / "evaluate.py"), "--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "--storage" in done.stdout
+    assert "examples:" in done.stdout
+
+
+def test_a_dry_run_tells_and_writes_nothing(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    done = script("pipelines/full.py", "--recipe", "tiny", "--storage", str(root), "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [step.name for step in STEPS]
+    assert "would run" in done.stdout
+    assert not root.exists()
+
+
+def test_a_single_steps_script_runs_only_what_it_needs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert entry.main(only="features", argv=["--storage", str(tmp_path), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["weights", "data", "features"]
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """The command line puts its own handler in place."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--recipe", "tyni"], "the nearest is 'tiny'"),
+        (["finetune.epoch=2"], "the nearest is 'finetune.epochs'"),
+        (["--config", "/none.yaml"], "/none.yaml cannot be read"),
+        (["--recipe", "llava-7b"], "data.finetune_json=..."),
+        (["--storage", "/dev/null/run"], "/dev/null/run"),
+        (["--storage", "nosuch://x"], "nosuch://x"),
+    ],
+)
+def test_faults_are_one_paragraph_and_exit_code_2(
+    arguments: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert entry.main(argv=["--storage", str(tmp_path), *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert told in said
+    assert "\n\n" not in said
+
+
+def test_a_finished_job_says_so_without_heavy_imports(tmp_path: Path) -> None:
+    """Manifests for the real steps are put there by hand; then the real script is run."""
+    from rayva.orchestration.pipeline import make_plan
+    from rayva.storage import Storage
+
+    storage = Storage(str(tmp_path))
+    grounding = {"accuracy": 0.9, "accuracy_shuffled_images": 0.4, "accuracy_no_image": 0.3, "questions": 10}
+    outputs = {
+        "evaluate": {"grounding": grounding, "passed": True, "why": "because"},
+        "register": {"model_name": "rayva-tiny", "version": "1", "aliases": ["candidate"]},
+    }
+    about = {"settings": {}, "inputs": {}, "code": {"commit": "c"}, "mlflow": job.INFO}
+    for planned in make_plan(resolve("tiny"), storage):
+        planned.folder.finish(outputs.get(planned.step.name, {}), {}, 1.0, about)
+    done = script("-c", FINISHED, "pipelines/full.py", "--recipe", "tiny", "--storage", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "All 8 steps are finished; there is nothing to do." in done.stdout
+    loaded = set(json.loads(done.stdout.splitlines()[-1]))
+    assert loaded.intersection(HEAVY) == set()
+    assert storage.read_json("summary.json")["model"]["name"] == "rayva-tiny"
+
+
+def test_relative_storage_is_refused_where_the_checkout_is_a_temporary_copy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {"runtime_env": {"working_dir": "gcs://_ray_pkg_x.zip"}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(config))
+    assert entry.main(argv=["--storage", "runs/x"]) == 2
+    assert "is relative" in capsys.readouterr().err
+
+
+def test_the_recipe_command_prints_what_config_takes_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["recipe", "llava-13b", "finetune.lr=1e-5"]) == 0
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["finetune"]["lr"] == 1e-5
+    config = tmp_path / "r.yaml"
+    config.write_text(printed)
+    assert cli.main(["recipe", "tiny", "--config", str(config), "--json"]) == 0
+    expected = to_dict(resolve("llava-13b", None, ["finetune.lr=1e-5"]))
+    assert json.loads(capsys.readouterr().out) == expected
+
+
+def test_the_command_tells_faults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recipe", "llava7b"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    with pytest.raises(SystemExit):
+        cli.main(["recip"])
+    assert cli.main([]) == 0
+
+
+def test_every_command_has_its_module() -> None:
+    for name, (module, _) in COMMANDS.items():
+        assert importlib.util.find_spec(module) is not None, name
+    present = {path.stem for path in (ROOT / "platform/rayva/commands").glob("[a-z]*.py")}
+    assert present == {module.rpartition(".")[2] for module, _ in COMMANDS.values()}

@@ -1,0 +1,77 @@
+"""Ctrl-C, SIGTERM and kill -9 of a running job: finished work stays, and the job says how to go on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rayva.storage import Storage
+
+pytestmark = pytest.mark.slow
+
+JOB = [sys.executable, "tests/core/job.py"]
+SLOW = {**os.environ, "PYTHONPATH": "platform:.", "PAUSE": "600", "PYTHONUNBUFFERED": "1"}
+FAST = {**SLOW, "PAUSE": "0"}
+
+
+def start_and_wait_for_training(root: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [*JOB, "--storage", str(root), *arguments]
+    process = subprocess.Popen(command, env=SLOW, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(root.glob("steps/train-*/count.json")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_job_prints_the_command_that_goes_on(tmp_path: Path, number: signal.Signals) -> None:
+    root = tmp_path / "a run"
+    process = start_and_wait_for_training(root, "--force", "data", "finetune.lr=3e-4")
+    process.send_signal(number)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert "[1/3] data: done" in said
+    command = errors.strip().splitlines()[-1].strip()
+    assert "--force" not in command, "what was forgotten once must not be forgotten again"
+    done = subprocess.run(
+        command.replace(Path(sys.executable).name, sys.executable, 1),
+        shell=True, env=FAST, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "[1/3] data: finished before" in done.stdout
+    assert "goes on where it stopped" in done.stdout
+    assert (root / "ran.txt").read_text().split() == ["data", "train", "train", "evaluate"]
+    assert Storage(str(root)).read_json("summary.json")["grounding"]["accuracy"] == 0.9
+
+
+def test_a_killed_job_goes_on_without_repeating_finished_work(tmp_path: Path) -> None:
+    process = start_and_wait_for_training(tmp_path)
+    process.kill()
+    process.communicate()
+    done = subprocess.run(
+        [*JOB, "--storage", str(tmp_path)], env=FAST, capture_output=True, text=True, check=True
+    )
+    assert "[1/3] data: finished before" in done.stdout
+    assert (tmp_path / "ran.txt").read_text().split() == ["data", "train", "train", "evaluate"]
+    assert not list(tmp_path.glob("**/*.tmp"))
+    again = subprocess.run(
+        [*JOB, "--storage", str(tmp_path)], env=FAST, capture_output=True, text=True, check=True
+    )
+    assert "All 3 steps are finished; there is nothing to do." in again.stdout
+
+
+def test_a_running_job_keeps_a_second_one_out(tmp_path: Path) -> None:
+    process = start_and_wait_for_training(tmp_path)
+    second = subprocess.run(
+        [*JOB, "--storage", str(tmp_path)], env=FAST, capture_output=True, text=True, check=False
+    )
+    process.kill()
+    process.communicate()
+    assert second.returncode == 2
+    assert second.stderr.startswith("error: Another job")

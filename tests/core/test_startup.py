@@ -1,0 +1,152 @@
+"""Ray on this machine: what the workers run, what the cluster has, and what a worker's failure becomes."""
+
+import os
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rayva.errors import CapacityError, TrainingError
+from rayva.orchestration.faults import user_error
+from rayva.orchestration.startup import check_capacity, start_ray, stop_ray
+from rayva.provenance import SOURCE_ROOT
+from rayva.recipes import resolve
+from rayva.storage import Storage
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+RECIPE = resolve("tiny", None, ["features.decoder_cpus=0.5", "features.encoder_cpus=0.5"])
+
+DRIVER = """
+import sys, time
+from rayva.orchestration.startup import start_ray
+from rayva.recipes import from_dict
+from rayva.storage import Storage
+import json
+start_ray(from_dict(json.loads(sys.argv[2])), Storage(sys.argv[1]))
+print("up", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture(scope="module")
+def ray_tmp() -> Iterator[Path]:
+    # Short: a socket's path has room for 107 characters.
+    folder = Path("/tmp") / f"rayva-core-{os.getpid()}"
+    folder.mkdir()
+    yield folder
+    subprocess.run(["rm", "-rf", str(folder)], check=True)
+
+
+@pytest.fixture(scope="module")
+def local_ray(ray_tmp: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.pop("RAY_ADDRESS", None)
+    os.environ["RAY_TMPDIR"] = str(ray_tmp)
+    start_ray(RECIPE, Storage(str(tmp_path_factory.mktemp("storage"))))
+    yield
+    stop_ray()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_worker_imports_this_code_and_the_stdlibs_platform() -> None:
+    import ray
+
+    @ray.remote(num_cpus=0)
+    def show() -> tuple[str, str]:
+        import platform
+
+        import rayva
+
+        return platform.__file__, rayva.__file__
+
+    module, package = ray.get(show.remote())
+    assert Path(module).parent == Path(sysconfig.get_path("stdlib"))
+    assert Path(package).parents[1] == SOURCE_ROOT
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize(
+    ("overrides", "numbers", "remedy"),
+    [
+        (["scaling.workers=999"], "asks for 999 CPUs", "scaling.workers="),
+        (["scaling.gpus_per_worker=1000"], "asks for 1000 GPUs", "scaling.gpus_per_worker="),
+        (["features.encoders=999"], "asks for 499.5 CPUs", "features.encoders="),
+        (["evaluation.gpus=1000"], "asks for 1000 GPUs", "evaluation.gpus=0"),
+    ],
+)
+def test_asking_for_too_much_names_numbers_and_setting(
+    overrides: list[str], numbers: str, remedy: str
+) -> None:
+    recipe = resolve("tiny", None, ["features.encoder_cpus=0.5", "features.decoder_cpus=0.5", *overrides])
+    with pytest.raises(CapacityError) as caught:
+        check_capacity(recipe)
+    assert numbers in str(caught.value)
+    assert "the cluster has" in str(caught.value)
+    assert remedy in caught.value.remedy
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_what_fits_is_accepted() -> None:
+    check_capacity(RECIPE)
+    check_capacity(
+        RECIPE.model_copy(update={"scaling": RECIPE.scaling.model_copy(update={"cpus_per_worker": 0.0})})
+    )
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_workers_error_comes_out_as_it_was_raised() -> None:
+    import ray
+
+    @ray.remote(num_cpus=0, max_retries=0)
+    def fail() -> None:
+        raise TrainingError("the loss is not finite", "lower the learning rate")
+
+    with pytest.raises(ray.exceptions.RayTaskError) as caught:
+        ray.get(fail.remote())
+    known = user_error(caught.value, "/root")
+    assert isinstance(known, TrainingError)
+    assert str(known) == "the loss is not finite\n  -> lower the learning rate"
+
+
+def processes_with(text: str) -> list[str]:
+    """Command lines of running processes that hold `text`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if text in command:
+            found.append(command)
+    return found
+
+
+def test_a_killed_driver_takes_its_ray_along(ray_tmp: Path, tmp_path: Path) -> None:
+    session = ray_tmp / "k"
+    session.mkdir()
+    environment = {**os.environ, "PYTHONPATH": "platform", "RAY_TMPDIR": str(session)}
+    environment.pop("RAY_ADDRESS", None)
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(tmp_path), RECIPE.model_dump_json()],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    assert processes_with(str(session))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    deadline = time.monotonic() + 60
+    while (left := processes_with(str(session))) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert left == []

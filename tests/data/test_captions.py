@@ -1,0 +1,255 @@
+"""Images with captions, in every form that people keep them in."""
+
+import csv
+import json
+from collections import Counter
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rayva.data.caption_rows import parse_row
+from rayva.data.captions import build
+from rayva.data.quarantine import BadRow, count_reasons
+from rayva.data.schema import IMAGE_PLACEHOLDER
+from rayva.errors import DataError, RecipeError
+from rayva.recipes.schema import Data
+
+BRIEF = ("Describe it briefly.",)
+DETAILED = ("Describe it fully.",)
+CAPTIONS = {f"{n}.jpg": [f"Picture {n} of a cat", f"A cat, the {n}th."] for n in range(12)}
+
+
+def tables_of(source, **more):
+    return build(Data(source="captions", captions=str(source), **more), BRIEF, DETAILED)
+
+
+def put_images(folder, names=tuple(CAPTIONS)):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).write_bytes(name.encode())
+
+
+def as_text_files(folder):
+    put_images(folder)
+    for name, texts in CAPTIONS.items():
+        (folder / name).with_suffix(".txt").write_text("\n".join(texts) + "\n\n")
+    return folder
+
+
+def as_json_lines(folder):
+    put_images(folder)
+    lines = [json.dumps({"file_name": n, "captions": t}) for n, t in CAPTIONS.items()]
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def as_json_file(folder):
+    put_images(folder)
+    rows = [{"image": n, "captions": t} for n, t in CAPTIONS.items()]
+    (folder / "my.json").write_text(json.dumps(rows))
+    return folder / "my.json"
+
+
+def as_parquet_of_paths(folder):
+    put_images(folder)
+    table = pa.table({"path": list(CAPTIONS), "captions": list(CAPTIONS.values())})
+    pq.write_table(table, folder / "captions.parquet")
+    return folder
+
+
+def as_parquet_of_bytes(folder):
+    folder.mkdir()
+    contents = [name.encode() for name in CAPTIONS]
+    table = pa.table({"image_id": list(CAPTIONS), "image": contents, "captions": list(CAPTIONS.values())})
+    pq.write_table(table, folder / "t.parquet")
+    return folder / "t.parquet"
+
+
+def as_folder_of_parquet_structs(folder):
+    folder.mkdir()
+    names = list(CAPTIONS)
+    for part, some in enumerate((names[:5], names[5:])):
+        structs = [{"bytes": n.encode(), "path": n} for n in some]
+        table = pa.table({"id": some, "image": structs, "text": [CAPTIONS[n] for n in some], "other": some})
+        pq.write_table(table, folder / f"part-{part}.parquet")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        as_text_files,
+        as_json_lines,
+        as_json_file,
+        as_parquet_of_paths,
+        as_parquet_of_bytes,
+        as_folder_of_parquet_structs,
+    ],
+)
+def test_every_form_gives_the_same_tables(form, tmp_path):
+    bundle = tables_of(form(tmp_path / "pictures"), test_fraction=0.3)
+    images = {i.image_id: i for i in bundle.images}
+    assert {name: list(i.captions) for name, i in images.items()} == CAPTIONS
+    for name, image in images.items():
+        content = image.content if image.content is not None else Path(image.uri).read_bytes()
+        assert content == name.encode()
+    train = {name for name, i in images.items() if i.split == "train"}
+    assert 0 < len(train) < len(CAPTIONS)
+    assert {s.image_ids[0] for s in bundle.pretrain} == train
+    assert {s.image_ids[0] for s in bundle.finetune} == train
+    assert {q.image_id for q in bundle.questions} == set(CAPTIONS) - train
+    assert bundle.rejected == []
+
+
+def test_csv_with_one_caption_a_row(tmp_path):
+    put_images(tmp_path, ["a.jpg", "b.jpg"])
+    with open(tmp_path / "captions.csv", "w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.writer(file)
+        writer.writerows([["image", "caption"], ["a.jpg", "One, two"], ["a.jpg", "Three"], ["b.jpg", ""]])
+    bundle = tables_of(tmp_path, test_fraction=0.0)
+    assert [(i.image_id, i.captions) for i in bundle.images] == [
+        ("a.jpg", ("One, two",)),
+        ("a.jpg#2", ("Three",)),
+    ]
+    assert [(r.row_id, r.reason) for r in bundle.rejected] == [("row-2", "no_caption")]
+
+
+def test_other_file_systems():
+    fs = fsspec.filesystem("memory")
+    fs.pipe("/captions-test/a.jpg", b"a")
+    fs.pipe("/captions-test/a.txt", b"A cat.")
+    bundle = tables_of("memory://captions-test", test_fraction=0.0)
+    (image,) = bundle.images
+    assert image.captions == ("A cat.",)
+    assert fsspec.open(image.uri).open().read() == b"a"
+
+
+def test_stage_1_pairs_every_caption_with_a_request(tmp_path):
+    samples = list(tables_of(as_text_files(tmp_path / "p"), test_fraction=0.0).pretrain)
+    assert len(samples) == 2 * len(CAPTIONS)
+    assert {s.turns[0].text for s in samples} == {f"{IMAGE_PLACEHOLDER}\n{BRIEF[0]}"}
+    assert {s.turns[1].text for s in samples} == {t for texts in CAPTIONS.values() for t in texts}
+    assert len({s.sample_id for s in samples}) == len(samples)
+
+
+def test_stage_2_shows_each_image_once_and_answers_truly(tmp_path):
+    bundle = tables_of(as_text_files(tmp_path / "p"), test_fraction=0.0, samples_per_image=3)
+    samples = list(bundle.finetune)
+    assert len(samples) == 3 * len(CAPTIONS)
+    for sample in samples:
+        questions = [t.text for t in sample.turns[::2]]
+        answers = [t.text for t in sample.turns[1::2]]
+        assert questions[0].startswith(f"{IMAGE_PLACEHOLDER}\n")
+        assert sum(q.count(IMAGE_PLACEHOLDER) for q in questions) == 1
+        own = [caption.rstrip(".") for caption in CAPTIONS[sample.image_ids[0]]]
+        for question, answer in zip(questions, answers, strict=True):
+            if answer in ("Yes", "No"):
+                assert any(f"picture: {caption}." in question for caption in own) == (answer == "Yes")
+            else:
+                assert all(caption in answer for caption in own) or answer in CAPTIONS[sample.image_ids[0]]
+    answers = Counter(t.text for s in samples for t in s.turns if t.text in ("Yes", "No"))
+    assert answers["Yes"] == answers["No"]
+
+
+def test_questions_are_balanced_and_true(tmp_path):
+    questions = list(tables_of(as_text_files(tmp_path / "p"), test_fraction=0.5).questions)
+    assert Counter(q.accepted for q in questions)[("yes",)] * 2 == len(questions) > 0
+    for question in questions:
+        own = any(caption.rstrip(".") in question.question for caption in CAPTIONS[question.image_id])
+        assert own == (question.accepted == ("yes",))
+
+
+def test_equal_captions_make_no_question_with_a_wrong_answer(tmp_path):
+    put_images(tmp_path)
+    for name in CAPTIONS:
+        (tmp_path / name).with_suffix(".txt").write_text("The same cat.")
+    bundle = tables_of(tmp_path, test_fraction=0.5)
+    assert list(bundle.questions) == []
+    assert all(t.text != "No" for s in bundle.finetune for t in s.turns)
+
+
+def test_bad_rows_are_quarantined(tmp_path):
+    put_images(tmp_path, ["a.jpg"])
+    lines = [
+        json.dumps({"image": "a.jpg", "caption": "A cat."}),
+        json.dumps({"image": "gone.jpg", "caption": "A ghost."}),
+        json.dumps({"caption": "A cat."}),
+        json.dumps({"image": "a.jpg"}),
+        json.dumps({"image": "a.jpg", "captions": [None, " "]}),
+        json.dumps({"image": 7, "caption": "A cat."}),
+        json.dumps({"image": "a.jpg", "caption": "\ud800"}),
+        json.dumps(["a.jpg", "A cat."]),
+        "{",
+    ]
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    bundle = tables_of(tmp_path, test_fraction=0.0)
+    assert len(list(bundle.images)) == 1
+    assert count_reasons(bundle.rejected) == {
+        "no_caption": 2,
+        "missing_image": 1,
+        "no_image": 1,
+        "bad_image_field": 1,
+        "invalid_text": 1,
+        "not_an_object": 1,
+        "not_json": 1,
+    }
+
+
+def test_images_without_text_and_text_that_is_no_text(tmp_path):
+    put_images(tmp_path, ["a.jpg", "b.jpg", "c.jpg"])
+    (tmp_path / "a.txt").write_text("A cat.")
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe\xff")
+    bundle = tables_of(tmp_path, test_fraction=0.0)
+    assert [i.image_id for i in bundle.images] == ["a.jpg"]
+    assert {(r.row_id, r.reason) for r in bundle.rejected} == {
+        ("row-1", "invalid_text"),
+        ("row-2", "no_caption"),
+    }
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.binary(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
+    max_leaves=5,
+)
+columns = ["image", "file_name", "path", "caption", "captions", "text", "id", "image_id"]
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.dictionaries(st.sampled_from(columns), anything) | anything)
+def test_any_row_is_accepted_or_has_a_reason(value):
+    try:
+        row = parse_row(value)
+    except BadRow as error:
+        reason = error.reason
+    else:
+        reason = None
+        assert (row.image is None) != (row.content is None)
+        assert row.captions
+        assert all(text.strip() and text.encode() for text in row.captions)
+    assert reason in {None, "not_an_object", "no_image", "bad_image_field", "no_caption", "invalid_text"}
+
+
+def test_what_cannot_be_read_is_a_clear_error(tmp_path):
+    with pytest.raises(RecipeError, match="captions is not set"):
+        build(Data(source="captions"), BRIEF, DETAILED)
+    with pytest.raises(DataError, match="neither an existing folder nor"):
+        tables_of(tmp_path / "gone")
+    with pytest.raises(DataError, match="does not exist"):
+        tables_of(tmp_path / "gone.parquet")
+    with pytest.raises(DataError, match="neither images nor"):
+        tables_of(tmp_path)
+    (tmp_path / "t.parquet").write_bytes(b"junk")
+    with pytest.raises(DataError, match="not a readable Parquet table"):
+        tables_of(tmp_path / "t.parquet")
+    pq.write_table(pa.table({"image": ["a.jpg"], "label": ["cat"]}), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=r"no caption column \(it has: image, label\)"):
+        tables_of(tmp_path / "t.parquet")
+    put_images(tmp_path, ["a.jpg"])
+    with pytest.raises(DataError, match="no image with a caption"):
+        tables_of(tmp_path)

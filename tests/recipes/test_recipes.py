@@ -1,0 +1,190 @@
+"""Recipes: names, files and overrides become one validated object, and faults name the key."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rayva.errors import RecipeError
+from rayva.recipes import from_dict, require_runnable, resolve, to_dict
+from rayva.recipes.named import NAMED
+
+
+def fault(*overrides: str, name: str = "tiny", config: str | None = None) -> str:
+    with pytest.raises(RecipeError) as caught:
+        resolve(name, config, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_recipe_survives_json(name: str) -> None:
+    recipe = resolve(name)
+    assert from_dict(json.loads(json.dumps(to_dict(recipe)))) == recipe
+    assert recipe.name == name
+
+
+def test_the_paper_recipe_has_the_papers_numbers() -> None:
+    recipe = resolve("llava-13b")
+    assert (recipe.vision.path, recipe.vision.image_size) == ("openai/clip-vit-large-patch14", 224)
+    assert recipe.projector.kind == "linear"
+    assert recipe.conversation.template == recipe.conversation.pretrain_template == "v0"
+    assert recipe.conversation.image_position == "random"
+    for stage, train, lr, batch, epochs in (
+        (recipe.pretrain, "projector", 2e-3, 128, 1),
+        (recipe.finetune, "all", 2e-5, 32, 3),
+    ):
+        assert (stage.train, stage.lr, stage.batch_size, stage.epochs) == (train, lr, batch, epochs)
+        assert (stage.warmup_ratio, stage.schedule, stage.weight_decay) == (0.03, "cosine", 0)
+        assert stage.precision == "bfloat16"
+    assert (recipe.scaling.workers, recipe.scaling.gpus_per_worker) == (8, 1)
+
+
+def test_llava_1_5_differs_from_the_paper_where_it_should() -> None:
+    recipe = resolve("llava-1.5-7b")
+    assert (recipe.vision.image_size, recipe.vision.aspect) == (336, "pad")
+    assert recipe.projector.kind == "mlp2x_gelu"
+    assert (recipe.conversation.template, recipe.conversation.pretrain_template) == ("v1", "plain")
+    assert (recipe.pretrain.lr, recipe.pretrain.batch_size) == (1e-3, 256)
+    assert (recipe.finetune.lr, recipe.finetune.batch_size, recipe.finetune.epochs) == (2e-5, 128, 1)
+
+
+@pytest.mark.parametrize("series", ["llava", "llava-1.5"])
+def test_sizes_of_a_series_differ_only_in_the_language_model(series: str) -> None:
+    small, large = to_dict(resolve(f"{series}-7b")), to_dict(resolve(f"{series}-13b"))
+    assert {key for key in small if small[key] != large[key]} == {"name", "language"}
+    shape = ("hidden_size", "layers", "heads")
+    assert tuple(small["language"][key] for key in shape) == (4096, 32, 32)
+    assert tuple(large["language"][key] for key in shape) == (5120, 40, 40)
+
+
+def test_overrides_win_over_the_file_and_the_file_over_the_name(tmp_path) -> None:
+    config = tmp_path / "my.yaml"
+    config.write_text("finetune:\n  lr: 3e-5\n  epochs: 2\nconversation: {system: no}\n")
+    recipe = resolve("tiny", str(config), ["finetune.lr=2e-5", "finetune.betas=[0.9, 0.95]"])
+    assert recipe.finetune.lr == 2e-5
+    assert recipe.finetune.epochs == 2
+    assert recipe.finetune.betas == (0.9, 0.95)
+    assert recipe.conversation.system == "no", "YAML 1.1 would read false"
+    assert recipe.pretrain == resolve("tiny").pretrain
+
+
+@given(
+    st.floats(min_value=1e-12, max_value=1e3, allow_nan=False), st.sampled_from(["{!r}", "{:e}", "{:.17g}"])
+)
+def test_every_spelling_of_a_number_is_a_number(value: float, spelling: str) -> None:
+    text = spelling.format(value)
+    assert resolve("tiny", None, [f"pretrain.lr={text}"]).pretrain.lr == float(text)
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "value"),
+    [
+        ("vision.revision=1234567", "vision", "1234567"),
+        ("vision.revision=1e5", "vision", "1e5"),
+        ("vision.revision=null", "vision", None),
+        ("vision.revision=", "vision", None),
+    ],
+)
+def test_text_settings_take_what_looks_like_a_number(override: str, section: str, value: object) -> None:
+    assert getattr(resolve("tiny", None, [override]), section).revision == value
+
+
+def test_an_empty_text_is_not_nothing() -> None:
+    assert resolve("tiny", None, ['conversation.system=""']).conversation.system == ""
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("finetune.batchsize=3", "finetune.batch_size"),
+        ("finetun.batch_size=3", "finetune.batch_size"),
+        ("pretrain.learning_rate=1", "pretrain.lr"),
+        ("scaling.worker=2", "scaling.workers"),
+        ("data.train_scene=2", "data.train_scenes"),
+        ("finetune={batchsize: 3}", "finetune.batch_size"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_with_its_path(override: str, nearest: str) -> None:
+    assert f"the nearest is {nearest!r}" in fault(override)
+
+
+def test_unknown_keys_in_a_file_are_told_too(tmp_path) -> None:
+    config = tmp_path / "my.yaml"
+    config.write_text("finetune:\n  epoch: 2\n")
+    assert "'finetune.epoch'; the nearest is 'finetune.epochs'" in fault(config=str(config))
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    assert "'llava-7b'" in fault(name="llava7b")
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "expected"),
+    [
+        ("finetune.lr=abc", "finetune.lr", "a number"),
+        ("finetune.lr='2e-5'", "finetune.lr", "a number"),
+        ("finetune.batch_size=8.5", "finetune.batch_size", "a whole number"),
+        ("finetune.batch_size=true", "finetune.batch_size", "a whole number"),
+        ("finetune.offload=1", "finetune.offload", "true or false"),
+        ("finetune.betas=0.9", "finetune.betas", "a list"),
+        ("finetune.lr=-1", "finetune.lr", "a number > 0"),
+        ("vision.kind=blip", "vision.kind", "'clip'"),
+        ("finetune=3", "finetune", "a section"),
+        ("vision.path=[a]", "vision.path", "text"),
+    ],
+)
+def test_a_wrong_value_names_the_key_and_what_it_wants(override: str, key: str, expected: str) -> None:
+    message = fault(override)
+    assert (
+        message.startswith(f"{key}: expected {expected}") or f"{key}: expected one of {expected}" in message
+    )
+
+
+def test_all_faults_are_told_at_once() -> None:
+    message = fault("finetune.lr=abc", "pretrain.epochs=0")
+    assert "finetune.lr" in message
+    assert "pretrain.epochs" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("finetune: [", "not valid YAML"),
+        ("- 1\n- 2\n", "not settings by name"),
+        ("finetune: {lr: 1, lr: 2}", "given twice"),
+        ("x: !!python/object/apply:os.system ['true']", "not valid YAML"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_a_clear_error(tmp_path, text: str, told: str) -> None:
+    config = tmp_path / "my.yaml"
+    config.write_text(text)
+    assert told in fault(config=str(config))
+
+
+def test_a_missing_file_is_a_clear_error(tmp_path) -> None:
+    assert "cannot be read" in fault(config=str(tmp_path / "none.yaml"))
+
+
+def test_an_empty_file_changes_nothing(tmp_path) -> None:
+    config = tmp_path / "my.yaml"
+    config.write_text("# nothing\n")
+    assert resolve("tiny", str(config)) == resolve("tiny")
+
+
+def test_an_override_without_a_value_is_a_clear_error() -> None:
+    assert "key.sub=value" in fault("finetune.lr")
+
+
+def test_missing_data_is_named_before_a_run_starts() -> None:
+    with pytest.raises(RecipeError, match=r"data\.pretrain_json.*data\.finetune_json"):
+        require_runnable(resolve("llava-7b"))
+    require_runnable(
+        resolve("llava-7b", None, ["data.pretrain_json=a.json", "data.finetune_json=s3://b/c.json"])
+    )
+    require_runnable(resolve("tiny"))
+
+
+def test_offload_needs_sharding() -> None:
+    with pytest.raises(RecipeError, match=r"pretrain\.zero"):
+        require_runnable(resolve("tiny", None, ["pretrain.offload=true"]))

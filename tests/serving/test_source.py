@@ -1,0 +1,95 @@
+"""From what a person names to the model folder that is served."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from rayva.errors import RecipeError, ServingError
+from rayva.orchestration.console import serving_settings
+from rayva.recipes.schema import Serving
+from rayva.serving.source import find_model, local_folder
+
+
+def test_a_model_folder(model_folder: Path) -> None:
+    source = find_model(str(model_folder))
+    assert (source.folder, source.name) == (str(model_folder), "model")
+    assert local_folder(source)[0] == model_folder
+
+
+def test_a_folder_that_holds_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ServingError, match=str(tmp_path)):
+        find_model(str(tmp_path))
+
+
+def test_a_run_that_has_not_got_that_far(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text(json.dumps({"model": None, "mlflow": None}))
+    with pytest.raises(ServingError, match="not registered a model yet"):
+        find_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("reference", ["models:", "models:/", "models:/x", "models:/x@", "models:/x/one"])
+def test_a_reference_that_names_no_model(reference: str) -> None:
+    with pytest.raises(ServingError, match="names no model"):
+        find_model(reference)
+
+
+@pytest.mark.slow
+def test_an_alias_and_a_version_of_the_registry(model_folder: Path, tmp_path: Path) -> None:
+    import mlflow
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    client.create_registered_model("rayva-tiny")
+    version = client.create_model_version("rayva-tiny", str(model_folder)).version
+    client.set_registered_model_alias("rayva-tiny", "champion", version)
+    for reference in ("models:/rayva-tiny@champion", f"models:/rayva-tiny/{version}"):
+        source = find_model(reference, uri)
+        assert (source.folder, source.name) == (str(model_folder), "rayva-tiny")
+    (tmp_path / "run").mkdir()
+    summary = {"model": {"name": "rayva-tiny", "version": version}, "mlflow": {"tracking_uri": uri}}
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
+    assert find_model(str(tmp_path / "run")).name == "rayva-tiny"
+    with pytest.raises(ServingError, match="candidate"):
+        find_model("models:/rayva-tiny@candidate", uri)
+    tags = {"rayva.model": str(model_folder)}
+    client.create_model_version("rayva-tiny", str(tmp_path / "reference"), tags=tags)
+    assert find_model("models:/rayva-tiny/2", uri).folder == str(model_folder)
+    client.create_model_version("rayva-tiny", str(tmp_path / "gone"))
+    with pytest.raises(ServingError, match="any more"):
+        find_model("models:/rayva-tiny/3", uri)
+
+
+def test_settings_of_the_endpoint_can_be_changed_and_others_cannot() -> None:
+    changed = serving_settings(Serving(max_images=7), ["serving.port=8123", "serving.max_replicas=3"])
+    assert (changed.port, changed.max_replicas, changed.max_images) == (8123, 3, 7)
+    with pytest.raises(RecipeError, match="does not concern the endpoint"):
+        serving_settings(Serving(), ["finetune.lr=1"])
+
+
+def test_a_port_in_use_is_named_with_its_override() -> None:
+    from rayva.orchestration.endpoint import check_port
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ServingError, match=f"port {port} of 127") as caught:
+            check_port("127.0.0.1", port)
+    assert "serving.port=PORT" in str(caught.value)
+    check_port("127.0.0.1", port)
+
+
+def test_an_open_endpoint_needs_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rayva.orchestration.endpoint import check_exposure
+
+    for host in ("127.0.0.1", "::1", "localhost"):
+        check_exposure(host)
+    for host in ("0.0.0.0", "10.0.0.1", "::", "somewhere"):
+        with pytest.raises(ServingError, match=host):
+            check_exposure(host)
+    monkeypatch.setenv("RAYVA_API_KEYS", "secret")
+    check_exposure("0.0.0.0")

@@ -1,0 +1,107 @@
+"""The plan: exactly once an epoch, and the same whatever the world size."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rayva.errors import DataError, RecipeError
+from rayva.training.plan import KeyedPermutation, TrainingPlan, deal
+
+
+@given(size=st.integers(1, 5000), key=st.text(max_size=20))
+@settings(max_examples=100, deadline=None)
+def test_keyed_permutation_visits_everything_exactly_once(size: int, key: str) -> None:
+    assert sorted(KeyedPermutation(size, key)(np.arange(size))) == list(range(size))
+
+
+@given(size=st.integers(1, 10**12), start=st.integers(0, 10**12))
+@settings(max_examples=50, deadline=None)
+def test_an_index_alone_and_in_a_batch_give_the_same_image(size: int, start: int) -> None:
+    permutation = KeyedPermutation(size, "key")
+    indices = np.arange(start % size, min(start % size + 20, size))
+    together = permutation(indices)
+    assert [int(permutation([index])[0]) for index in indices] == together.tolist()
+    assert len(set(together.tolist())) == len(indices)
+
+
+def test_permutations_of_different_keys_are_unrelated() -> None:
+    first, second = (KeyedPermutation(10_000, key)(np.arange(10_000)) for key in ("a", "b"))
+    assert np.mean(first == second) < 0.01
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.05
+    assert abs(np.corrcoef(first, np.arange(10_000))[0, 1]) < 0.05
+
+
+def test_an_index_outside_is_refused() -> None:
+    with pytest.raises(IndexError):
+        KeyedPermutation(5, "key")([5])
+
+
+@given(
+    samples=st.integers(1, 300),
+    batch=st.integers(1, 64),
+    epochs=st.floats(0.05, 3.5),
+    seed=st.integers(0, 3),
+)
+@settings(max_examples=100, deadline=None)
+def test_every_epoch_holds_every_sample_once(samples: int, batch: int, epochs: float, seed: int) -> None:
+    if round(epochs * samples) < 1:
+        epochs = 1.0
+    plan = TrainingPlan(samples, batch, epochs, seed, "digest")
+    by_epoch: dict[int, list[int]] = {}
+    for step in range(plan.steps_total):
+        indices = plan.global_batch(step)
+        assert 0 < len(indices) <= batch
+        by_epoch.setdefault(plan.epoch_of(step), []).extend(indices)
+    whole, rest = divmod(round(epochs * samples), samples)
+    assert len(by_epoch) == whole + (rest > 0)
+    for epoch in range(whole):
+        assert sorted(by_epoch[epoch]) == list(range(samples))
+    if rest:
+        assert len(set(by_epoch[whole])) == len(by_epoch[whole]) == rest
+
+
+def test_epochs_and_seeds_give_different_orders() -> None:
+    plan = TrainingPlan(100, 100, 2, 0, "digest")
+    orders = [
+        plan.global_batch(0),
+        plan.global_batch(1),
+        TrainingPlan(100, 100, 1, 1, "digest").global_batch(0),
+        TrainingPlan(100, 100, 1, 0, "other").global_batch(0),
+    ]
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_nothing_to_train_on_is_an_error() -> None:
+    with pytest.raises(DataError):
+        TrainingPlan(0, 4, 1, 0, "digest")
+    with pytest.raises(RecipeError):
+        TrainingPlan(3, 4, 0.01, 0, "digest")
+
+
+@given(
+    lengths=st.lists(st.integers(1, 2048), min_size=1, max_size=128),
+    world=st.integers(1, 8),
+    micro=st.integers(1, 16),
+)
+@settings(max_examples=200, deadline=None)
+def test_deal_gives_every_sample_to_one_rank_in_equal_micro_batch_counts(
+    lengths: list[int], world: int, micro: int
+) -> None:
+    plan = TrainingPlan(len(lengths), len(lengths), 1, 0, "digest")
+    count = plan.micro_batches(world, micro)
+    dealt = deal(lengths, world, micro, count)
+    assert [len(rank) for rank in dealt] == [count] * world
+    assert all(len(batch) <= micro for rank in dealt for batch in rank)
+    assert sorted(p for rank in dealt for batch in rank for p in batch) == list(range(len(lengths)))
+
+
+def test_deal_balances_tokens_over_ranks() -> None:
+    lengths = np.random.default_rng(0).integers(100, 2000, 128).tolist()
+    dealt = deal(lengths, 8, 4, 4)
+    tokens = [sum(lengths[p] for batch in rank for p in batch) for rank in dealt]
+    assert max(tokens) - min(tokens) <= 0.02 * math.fsum(lengths) / 8
