@@ -152,7 +152,7 @@ def caption(scene: Scene, rng: random.Random) -> str:
 
 
 def to_record(scene: Scene, image_id: str, rng: random.Random, draw: bool = True) -> ImageRecord:
-    """The scene as an image with two captions and a box for each object; `draw=False` leaves out the pixels."""
+    """The scene with two captions and a box for each object; `draw=False` leaves out the pixels."""
     return ImageRecord(
         image_id=image_id,
         split=scene_split(scene),

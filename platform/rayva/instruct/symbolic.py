@@ -105,7 +105,7 @@ def _ask_color(things: list[Thing], rng: random.Random) -> QuestionAnswer | None
     if not named:
         return None
     thing = rng.choice(named)
-    return QuestionAnswer("color", f"What color is the {thing.noun}?", str(thing.color))
+    return QuestionAnswer("color", f"What color is the {thing.noun}?", f"The {thing.noun} is {thing.color}.")
 
 
 def _ask_kind(things: list[Thing], rng: random.Random) -> QuestionAnswer | None:
@@ -113,7 +113,9 @@ def _ask_kind(things: list[Thing], rng: random.Random) -> QuestionAnswer | None:
     if not named:
         return None
     thing = rng.choice(named)
-    return QuestionAnswer("kind", f"What is the {thing.color} object?", thing.noun)
+    return QuestionAnswer(
+        "kind", f"What is the {thing.color} object?", f"The {thing.color} object is {_article(thing.noun)}."
+    )
 
 
 def _ask_at(things: list[Thing], rng: random.Random) -> QuestionAnswer | None:
@@ -121,7 +123,11 @@ def _ask_at(things: list[Thing], rng: random.Random) -> QuestionAnswer | None:
     if not placed:
         return None
     thing = rng.choice(placed)
-    return QuestionAnswer("object", f"What is {PHRASES[thing.place]}?", thing.name)
+    return QuestionAnswer(
+        "object",
+        f"What is {PHRASES[thing.place]}?",
+        f"{PHRASES[thing.place].capitalize()} is {_article(thing.name)}.",
+    )
 
 
 def _ask_place(things: list[Thing], rng: random.Random) -> QuestionAnswer | None:
@@ -129,15 +135,20 @@ def _ask_place(things: list[Thing], rng: random.Random) -> QuestionAnswer | None
     if not named:
         return None
     thing = rng.choice(named)
-    return QuestionAnswer("place", f"Where is the {thing.name}?", thing.place)
+    return QuestionAnswer(
+        "place", f"Where is the {thing.name}?", f"The {thing.name} is {PHRASES[thing.place]}."
+    )
 
 
 def _ask_count(things: list[Thing], rng: random.Random) -> QuestionAnswer | None:
-    if rng.random() < 0.5:
-        return QuestionAnswer("count", "How many objects are there?", _number(len(things)))
     noun = rng.choice(sorted({t.noun for t in things}))
-    count = sum(t.noun == noun for t in things)
-    return QuestionAnswer("count", f"How many {_plural(noun)} are there?", _number(count))
+    if rng.random() < 0.5:
+        noun, count = "object", len(things)
+    else:
+        count = sum(t.noun == noun for t in things)
+    verb, counted = ("is", noun) if count == 1 else ("are", _plural(noun))
+    answer = f"There {verb} {_number(count)} {counted}."
+    return QuestionAnswer("count", f"How many {_plural(noun)} are there?", answer)
 
 
 def _ask_existence(things: list[Thing], rng: random.Random) -> QuestionAnswer | None:
@@ -154,7 +165,7 @@ def _ask_existence(things: list[Thing], rng: random.Random) -> QuestionAnswer | 
         if not pool:
             return None
         asked = f"Is there {_article(rng.choice(pool))}?"
-    return QuestionAnswer("existence", asked, "yes" if present else "no")
+    return QuestionAnswer("existence", asked, "Yes." if present else "No.")
 
 
 def _ask_size(things: list[Thing], rng: random.Random) -> QuestionAnswer | None:
@@ -162,7 +173,9 @@ def _ask_size(things: list[Thing], rng: random.Random) -> QuestionAnswer | None:
     if not named:
         return None
     thing = rng.choice(named)
-    return QuestionAnswer("size", f"Is the {thing.name} small or large?", thing.size)
+    return QuestionAnswer(
+        "size", f"Is the {thing.name} small or large?", f"The {thing.name} is {thing.size}."
+    )
 
 
 ASKERS: dict[str, Callable[[list[Thing], random.Random], QuestionAnswer | None]] = {

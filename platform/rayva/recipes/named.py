@@ -16,6 +16,7 @@ from rayva.recipes.schema import (
     Scaling,
     Stage,
     Vision,
+    Weights,
 )
 
 
@@ -82,53 +83,69 @@ TINY = Recipe(
     name="tiny",
     vision=Vision(path="builtin:tiny"),
     language=Language(path="builtin:tiny"),
+    weights=Weights(clip_steps=200, language_steps=60, language_lr=2e-3),
     projector=ProjectorConfig(kind="linear"),
     # No system message: its words would be most of a sequence and teach nothing.
     conversation=Conversation(
         template="v1", pretrain_template="v1", system="", image_position="front", max_tokens=256
     ),
     data=Data(
-        source="scenes", train_scenes=6000, validation_scenes=200, test_scenes=500, samples_per_image=3
+        source="scenes",
+        train_scenes=8000,
+        validation_scenes=200,
+        test_scenes=500,
+        samples_per_image=8,
+        questions_per_sample=1,
     ),
     features=Features(batch_size=256, shard_rows=4096),
     pretrain=Stage(
         train="projector",
         lr=5e-3,
         batch_size=64,
+        epochs=0.5,
         micro_batch_size=64,
         precision="float32",
         checkpoint_every=50,
     ),
     finetune=Stage(
         train="all",
-        lr=2e-3,
-        batch_size=12,
+        lr=1.5e-3,
+        batch_size=16,
         epochs=1.0,
-        micro_batch_size=12,
+        micro_batch_size=16,
         precision="float32",
         checkpoint_every=200,
     ),
-    evaluation=Evaluation(batch_size=128, max_new_tokens=8, min_accuracy=0.8, min_margin=0.4),
+    evaluation=Evaluation(batch_size=128, max_new_tokens=16, min_accuracy=0.8, min_margin=0.4),
     scaling=Scaling(workers=1, cpus_per_worker=2.0),
 )
 """Drawn scenes and models made on the spot: minutes on two cores, no network and no files."""
+
+SMOL_ASSETS = "runs/smol-assets"
+"""Where `make smol` puts what it fetches, relative to the checkout."""
 
 SMOL = derive(
     TINY,
     "smol",
     vision={
-        "kind": "efficientnet_lite", "path": "builtin:efficientnet-lite0", "image_size": 160, "layer": -1,
+        "kind": "efficientnet_lite", "path": f"{SMOL_ASSETS}/vision", "image_size": 160, "layer": -1,
         "aspect": "pad",
     },
-    language={"path": "builtin:smollm2-135m-instruct"},
-    conversation={"template": "chatml", "max_tokens": 512},
+    language={"path": f"{SMOL_ASSETS}/language"},
+    # No system message: on a CPU every token counts.
+    conversation={"template": "chatml", "pretrain_template": "plain", "system": "", "max_tokens": 512},
     data={
-        "source": "emoji", "train_scenes": 0, "validation_scenes": 0, "test_scenes": 0,
-        "samples_per_image": 4,
+        "source": "emoji", "emoji_dir": f"{SMOL_ASSETS}/emoji", "train_scenes": 0, "validation_scenes": 0,
+        "test_scenes": 0, "samples_per_image": 1, "test_fraction": 0.19,
     },
     features={"batch_size": 64, "shard_rows": 2048},
-    pretrain={"batch_size": 16, "micro_batch_size": 16, "precision": "auto"},
-    finetune={"lr": 1e-4, "batch_size": 16, "micro_batch_size": 16, "precision": "auto"},
+    pretrain={
+        "lr": 2e-3, "batch_size": 16, "epochs": 2.0, "micro_batch_size": 8, "precision": "auto",
+    },
+    finetune={
+        "lr": 2e-4, "batch_size": 16, "epochs": 1.0, "micro_batch_size": 8, "precision": "auto",
+        "checkpoint_every": 50,
+    },
     evaluation={"batch_size": 16, "max_new_tokens": 24, "min_accuracy": 0.5, "min_margin": 0.2},
 )  # fmt: skip
 """Real weights and real images on a laptop: SmolLM2-135M-Instruct, EfficientNet-Lite0 and emoji."""

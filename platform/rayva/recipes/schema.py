@@ -102,7 +102,7 @@ class Data(Config):
     samples_per_image: int = Field(default=1, ge=1)
     """Built-in sources: how many stage-2 conversations are written for each training image."""
     questions_per_sample: int = Field(default=3, ge=1)
-    """Built-in scenes: most questions of one stage-2 conversation."""
+    """Built-in scenes: largest number of questions of one stage-2 conversation."""
     test_fraction: float = Field(default=0.1, ge=0.0, lt=1.0)
     """Share of the user's images held out for the gate, chosen by the hash of their id."""
     max_pixels: int = Field(default=89_478_485, ge=1)
