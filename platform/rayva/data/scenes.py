@@ -51,7 +51,7 @@ class SceneObject:
 
     @property
     def bbox(self) -> tuple[float, float, float, float]:
-        """(x1, y1, x2, y2), normalised."""
+        """(x1, y1, x2, y2), normalised; an object at the edge reaches beyond [0, 1]."""
         half = SIDES[self.size] / 2
         return (self.x - half, self.y - half, self.x + half, self.y + half)
 
@@ -158,8 +158,13 @@ def to_record(scene: Scene, image_id: str, rng: random.Random, draw: bool = True
         split=scene_split(scene),
         content=encode_png(render(scene)) if draw else None,
         captions=(caption(scene, rng), caption(scene, rng)),
-        instances=tuple(Instance(f"{o.color} {o.shape}", o.bbox) for o in scene),
+        instances=tuple(Instance(f"{o.color} {o.shape}", _visible(o.bbox)) for o in scene),
     )
+
+
+def _visible(bbox: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+    x1, y1, x2, y2 = (min(1.0, max(0.0, value)) for value in bbox)
+    return (x1, y1, x2, y2)
 
 
 def generate(split: Split, count: int, seed: int) -> Iterator[tuple[Scene, ImageRecord]]:

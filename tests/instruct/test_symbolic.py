@@ -1,0 +1,91 @@
+"""The symbolic teacher: three response types, reproducible, and true to the boxes."""
+
+import random
+import re
+
+import pytest
+
+from rayva.data import scenes
+from rayva.data.schema import IMAGE_PLACEHOLDER, ImageRecord, Instance
+from rayva.instruct import scene_data, symbolic
+from rayva.recipes.schema import Data
+
+KINDS: tuple[symbolic.ResponseType, ...] = ("conversation", "detail", "complex")
+STREET = ImageRecord(
+    image_id="street",
+    split="train",
+    captions=("A dog sits beside two bicycles.",),
+    instances=(
+        Instance("dog", (0.05, 0.6, 0.3, 0.95)),
+        Instance("bicycle", (0.4, 0.1, 0.6, 0.3)),
+        Instance("bicycle", (0.7, 0.1, 0.9, 0.3)),
+    ),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_conversations_alternate_and_hold_one_image(kind: symbolic.ResponseType) -> None:
+    for _, record in scenes.generate("train", 50, 0):
+        turns = symbolic.respond(record, kind, seed=1)
+        assert [t.role for t in turns] == ["human", "gpt"] * (len(turns) // 2)
+        assert sum(t.text.count(IMAGE_PLACEHOLDER) for t in turns) == 1
+        assert turns[0].text.startswith(f"{IMAGE_PLACEHOLDER}\n")
+        assert turns == symbolic.respond(record, kind, seed=1)
+
+
+def test_answers_are_true_of_the_scene() -> None:
+    """Reads the facts back out of the sentences and compares them with the drawn objects."""
+    for scene, record in scenes.generate("train", 300, 4):
+        by_color = {o.color: o for o in scene}
+        for asked in symbolic.questions(record, random.Random(record.image_id), most=6):
+            words = re.findall(r"[a-z]+", asked.answer.lower())
+            if asked.kind == "color":
+                [thing] = [o for o in scene if o.shape == words[1]]
+                assert words[-1] == thing.color
+            elif asked.kind == "kind":
+                assert words[-1] == by_color[words[1]].shape
+            elif asked.kind == "size":
+                assert words[-1] == by_color[words[1]].size
+            elif asked.kind == "existence":
+                wanted = asked.question.rstrip("?").split()[-1]
+                present = any(wanted in (o.color, o.shape) for o in scene)
+                assert asked.answer == ("Yes." if present else "No.")
+            elif asked.kind == "count" and "objects" in asked.question:
+                assert words[2] == symbolic.NUMBERS[len(scene)]
+
+
+def test_everything_is_described_once() -> None:
+    for scene, record in scenes.generate("train", 50, 2):
+        text = symbolic.detail(record, random.Random(0))
+        assert all(text.count(f"{o.size} {o.color} {o.shape}") == 1 for o in scene)
+
+
+def test_categories_of_photographs_work_too() -> None:
+    asked = symbolic.questions(STREET, random.Random(0), most=20)
+    answers = {q.question: q.answer for q in asked}
+    assert answers["How many bicycles are there?"] == "There are two bicycles."
+    assert answers["Where is the dog?"] == "The dog is in the bottom left."
+    # Two bicycles cannot be told apart by name, so nothing is asked about "the bicycle".
+    assert not any("the bicycle" in question for question in answers)
+    assert symbolic.respond(STREET, "detail", 0)[1].text.count("bicycle") == 2
+
+
+def test_without_boxes_there_is_nothing_to_ask() -> None:
+    record = ImageRecord("bare", "train", captions=("Fog.",))
+    assert symbolic.respond(record, "conversation", 0) == ()
+    assert symbolic.respond(record, "complex", 0) == ()
+    assert symbolic.respond(record, "detail", 0)[1].text == "Fog."
+
+
+def test_the_dataset_trains_on_training_scenes_and_asks_about_test_scenes() -> None:
+    data = Data(source="scenes", train_scenes=40, validation_scenes=5, test_scenes=20, samples_per_image=4)
+    bundle = scene_data.build(data)
+    split = {image.image_id: image.split for image in bundle.images}
+    assert len(split) == 65
+    trained = [image_id for s in (*bundle.pretrain, *bundle.finetune) for image_id in s.image_ids]
+    assert {split[image_id] for image_id in trained} == {"train"}
+    assert {split[question.image_id] for question in bundle.questions} == {"test"}
+    assert {sample.kind for sample in bundle.finetune} == {"conversation", "detail", "complex"}
+    ids = [sample.sample_id for sample in bundle.finetune]
+    assert len(ids) == len(set(ids))
+    assert list(bundle.finetune) == list(scene_data.build(data).finetune)
