@@ -15,7 +15,7 @@ def main() -> int:
     """Returns the exit code: 0 done, 2 an error to mend."""
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="About 250 MB are downloaded and 700 MB kept. What is already there is not fetched again. "
+        epilog="About 210 MB are downloaded and 700 MB kept. What is already there is not fetched again. "
         "See docs/smol.md for the packages and their licences.",
     )
     parser.add_argument(
