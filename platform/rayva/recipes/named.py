@@ -83,7 +83,7 @@ TINY = Recipe(
     name="tiny",
     vision=Vision(path="builtin:tiny"),
     language=Language(path="builtin:tiny"),
-    weights=Weights(clip_steps=200, language_steps=60, language_lr=2e-3),
+    weights=Weights(clip_steps=220, language_steps=60, language_lr=2e-3),
     projector=ProjectorConfig(kind="linear"),
     # No system message: its words would be most of a sequence and teach nothing.
     conversation=Conversation(
