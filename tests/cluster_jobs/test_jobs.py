@@ -206,7 +206,7 @@ def test_more_workers_than_the_cluster_has_is_told_before_any_work(
 ) -> None:
     done = cluster.submit(
         "--working-dir", ".", "--", "python", "pipelines/full.py", "--storage", str(tmp_path / "run"),
-        "scaling.workers=5", cwd=checkout,
+        "scaling.workers=5", "scaling.cpus_per_worker=1", cwd=checkout,
     )  # fmt: skip
     said = done.stdout + done.stderr
     assert done.returncode != 0

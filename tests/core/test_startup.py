@@ -76,7 +76,7 @@ def test_a_worker_imports_this_code_and_the_stdlibs_platform() -> None:
 @pytest.mark.parametrize(
     ("overrides", "numbers", "remedy"),
     [
-        (["scaling.workers=999"], "asks for 999 CPUs", "scaling.workers="),
+        (["scaling.workers=999", "scaling.cpus_per_worker=1"], "asks for 999 CPUs", "scaling.workers="),
         (["scaling.gpus_per_worker=1000"], "asks for 1000 GPUs", "scaling.gpus_per_worker="),
         (["features.encoders=999"], "asks for 499.5 CPUs", "features.encoders="),
         (["evaluation.gpus=1000"], "asks for 1000 GPUs", "evaluation.gpus=0"),

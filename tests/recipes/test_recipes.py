@@ -188,3 +188,10 @@ def test_missing_data_is_named_before_a_run_starts() -> None:
 def test_offload_needs_sharding() -> None:
     with pytest.raises(RecipeError, match=r"pretrain\.zero"):
         require_runnable(resolve("tiny", None, ["pretrain.offload=true"]))
+
+
+def test_a_password_in_the_tracking_address_is_refused_and_not_repeated() -> None:
+    recipe = resolve("tiny", overrides=["tracking.uri=http://me:hunter2@mlflow.local:5000"])
+    with pytest.raises(RecipeError, match="MLFLOW_TRACKING_PASSWORD") as caught:
+        require_runnable(recipe)
+    assert "hunter2" not in str(caught.value)

@@ -10,7 +10,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from rayva.errors import ServingError
+from rayva.errors import CapacityError, ServingError
 from rayva.model.folder import Assistant
 from rayva.recipes.schema import Serving
 from tests.serving.conftest import data_uri, picture, question
@@ -112,6 +112,15 @@ def test_the_port_in_use_is_named_before_anything_is_deployed(endpoint: str, mod
     assert "serving.port=PORT" in caught.value.remedy
     with urllib.request.urlopen(f"{endpoint}/healthz") as response:
         assert response.status == 200
+
+
+def test_replicas_that_have_no_room_are_refused(cluster: None) -> None:
+    from rayva.orchestration.endpoint import check_room
+
+    check_room(settings())
+    with pytest.raises(CapacityError, match="8000 CPUs") as caught:
+        check_room(settings(min_replicas=8, cpus_per_replica=1000.0))
+    assert "serving.cpus_per_replica" in caught.value.remedy
 
 
 def test_a_cluster_that_serves_already_is_left_alone(endpoint: str, model_folder: Path) -> None:

@@ -68,7 +68,8 @@ def ask_served_model(storage: Storage, serving: Serving) -> list[str]:
     from rayva.orchestration.startup import start_ray, stop_ray
 
     summary = storage.read_json("summary.json")
-    data_folder = summary["stages"]["data"]["folder"].removeprefix(storage.uri()).strip("/")
+    # By its name alone: the run may have been moved since.
+    data_folder = f"steps/{summary['stages']['data']['folder'].rpartition('/')[2]}"
     exam = choose_exam(storage, data_folder)
     plain, enlarged = write_picture(storage, exam.picture)
     serving = serving.model_copy(update={"port": free_port(serving.host)})

@@ -10,10 +10,11 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
+import ray
 from ray import serve
 from ray.exceptions import RayError
 
-from rayva.errors import ServingError
+from rayva.errors import CapacityError, ServingError
 from rayva.orchestration.serve import build_application
 from rayva.recipes.schema import Serving
 from rayva.serving.keys import ENVIRONMENT, key_digests
@@ -59,6 +60,25 @@ def check_exposure(host: str) -> None:
     )
 
 
+def check_room(serving: Serving) -> None:
+    """Serve would wait without end for replicas that the cluster has no room for.
+
+    Raises:
+        CapacityError: names what the replicas need, what there is, and the settings to change.
+    """
+    limits = ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    there = ray.cluster_resources()
+    each = {"CPU": serving.cpus_per_replica, "GPU": serving.gpus_per_replica}
+    for kind, amount in each.items():
+        needed, most = serving.min_replicas * amount, max(there.get(kind, 0.0), limits.get(kind, 0.0))
+        if needed > most:
+            setting = f"serving.{kind.lower()}s_per_replica"
+            raise CapacityError(
+                f"{serving.min_replicas} replicas need {needed:g} {kind}s, but the cluster has {most:g}.",
+                f"lower serving.min_replicas or {setting}, or add nodes",
+            )
+
+
 def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -83,6 +103,7 @@ def running_endpoint(args: dict[str, Any], serving: Serving) -> Iterator[str]:
             "This Ray cluster serves already, and has one address for all that it serves.",
             "deploy beside it with: serve deploy serve/config.yaml",
         )
+    check_room(serving)
     application = build_application({**args, "serving": serving.model_dump()})
     try:
         _start_serve(serving)
@@ -98,11 +119,13 @@ def _cluster_given() -> bool:
 
 
 def _start_serve(serving: Serving) -> None:
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.start(
             proxy_location="HeadOnly",
             http_options={"host": serving.host, "port": serving.port},
-            logging_config={"log_level": "WARNING", "enable_access_log": False},
+            # What goes wrong is told by the application's status; the rest is for Serve's developers.
+            logging_config={"log_level": "ERROR", "enable_access_log": False},
             # A busy machine must not make Serve give up its proxy while it is still importing.
             controller_options={"runtime_env": {"env_vars": _PATIENCE}},
         )
@@ -115,7 +138,6 @@ def _start_serve(serving: Serving) -> None:
 
 def _deploy(application: serve.Application) -> None:
     # Serve tells of a failed deployment with a bare RuntimeError; its status has the reason.
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.run(application, name=APPLICATION, route_prefix="/")
     except RuntimeError as error:

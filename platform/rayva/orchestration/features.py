@@ -14,6 +14,7 @@ import contextlib
 import io
 import itertools
 import logging
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,8 @@ _SCANNED = pa.schema([*_PLACE, *((name, pa.string()) for name in ("image_id", "k
 _NOISE = ("ray.data._internal.progress", "ray.data._internal.execution.streaming_executor")
 _BATCHES_PER_TASK = 4
 _APPENDS_IN_FLIGHT = 2
+_DECODER_BYTES = 512 << 20
+"""Memory of a decoder: its libraries, and the largest picture that `data.max_pixels` allows by default."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,9 @@ def _data_context(block_bytes: int) -> Iterator[None]:
     for name in _NOISE:
         logging.getLogger(name).setLevel(logging.ERROR)
     context = DataContext.get_current().copy()
-    context.target_max_block_size = max(block_bytes, 1 << 20)
+    context.target_max_block_size = block_bytes
+    # The exception itself, not Ray Data's wrapper, which loses what it wraps on the way to this process.
+    context.raise_original_map_exception = True
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     with DataContext.current(context):
@@ -253,7 +258,8 @@ def _encoded(
 ) -> Dataset:
     """The lazy dataset of features: columns key, reason (empty if good), detail, feature [N, D] float16."""
     preprocessing = tower.spec.preprocessing
-    with _data_context(features.batch_size * preprocessing.image_size**2 * 3):
+    batches = math.ceil(new.num_rows / features.batch_size)
+    with _data_context(block_bytes=features.batch_size * preprocessing.image_size**2 * 3):
         pixels = ray.data.from_arrow(_pieces(new, features.batch_size * _BATCHES_PER_TASK)).map_batches(
             _decode_piece,
             batch_size=None,
@@ -262,7 +268,9 @@ def _encoded(
                 "table": table, "preprocessing": preprocessing, "batch_size": features.batch_size
             },
             num_cpus=features.decoder_cpus,
-            scheduling_strategy="SPREAD",
+            # Ray Data would fuse stages that ask for the same resources, and then an encoder would wait
+            # for its own decoding. A claim on memory keeps them apart.
+            memory=_DECODER_BYTES,
         )  # fmt: skip
         return pixels.map_batches(
             _Encoder,
@@ -274,12 +282,9 @@ def _encoded(
                 "threads": max(1, int(features.encoder_cpus)),
             },
             # A fixed size: pools of GPU actors that should grow may never get their first actor.
-            compute=ActorPoolStrategy(size=features.encoders),
+            compute=ActorPoolStrategy(size=min(features.encoders, batches)),
             num_cpus=features.encoder_cpus,
             num_gpus=features.encoder_gpus,
-            # Stages that ask for the same resources are fused, and then an encoder would wait for its own
-            # decoding. Another strategy keeps them apart.
-            scheduling_strategy="DEFAULT",
         )  # fmt: skip
 
 

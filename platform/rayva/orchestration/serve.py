@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -52,11 +51,11 @@ class Replica:
 
     def __init__(self, source: ModelSource, dtype: Dtype, gpu: bool) -> None:
         import torch
+        from transformers.utils.logging import disable_progress_bar
 
         from rayva.model.folder import load_assistant
 
-        # Ray sets OMP_NUM_THREADS to the replica's CPUs; torch has to be told apart from it.
-        torch.set_num_threads(max(1, int(os.environ.get("OMP_NUM_THREADS", "1"))))
+        disable_progress_bar()
         folder, self._storage = local_folder(source)
         assistant = load_assistant(folder, "cuda" if gpu else "cpu", getattr(torch, dtype))
         self._engine = BuiltinEngine(assistant)

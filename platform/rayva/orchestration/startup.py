@@ -247,6 +247,11 @@ def _check_nodes(storage: Storage | None) -> None:
 
 def _check_answer(address: str, answer: dict[str, Any], storage: Storage | None) -> None:
     if answer["tree"] != code_version()["tree"]:
+        if answer["root"] == str(SOURCE_ROOT):
+            raise RayvaError(
+                f"The code in {SOURCE_ROOT} was changed while this job was running.",
+                "give the same command again: finished steps are kept",
+            )
         raise RayvaError(
             f"Node {address} does not run the code that was submitted: it imports {answer['root']}.",
             "uninstall rayva from the nodes, and submit with --working-dir from a clean checkout",

@@ -252,6 +252,9 @@ def _train_stage(work: StageWork) -> None:
     scaling = work.recipe.scaling
     device = ray.train.torch.get_device() if scaling.gpus_per_worker else torch.device("cpu")
     torch.set_num_threads(max(1, int(scaling.cpus_per_worker)))
+    # Ray Train writes every report into the root logger, and transformers a bar for every file.
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("rayva").setLevel(logging.INFO)
     disable_progress_bar()
     init_distributed(device)
     prepared = _prepare(work, device)

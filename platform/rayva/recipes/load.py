@@ -8,6 +8,7 @@ import re
 import types
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any, Union, get_args, get_origin
+from urllib.parse import urlsplit
 
 import fsspec
 import yaml
@@ -138,7 +139,7 @@ def require_runnable(recipe: Recipe) -> None:
     """Checks what must be set before a run can start; a recipe to look at may still lack it.
 
     Raises:
-        RecipeError: names the missing settings.
+        RecipeError: names the missing settings, or one that must not be stored.
     """
     data = recipe.data
     needed = {
@@ -160,6 +161,13 @@ def require_runnable(recipe: Recipe) -> None:
                 f"{stage}.offload needs the optimizer state to be sharded, but {stage}.zero is 0.",
                 f"add {stage}.zero=1 or more",
             )
+
+    if recipe.tracking.uri and urlsplit(recipe.tracking.uri).password:
+        # The recipe is logged and stored with every run.
+        raise RecipeError(
+            "tracking.uri holds a password, which would be kept with every run.",
+            "leave it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead",
+        )
 
 
 def _named(name: str) -> Recipe:

@@ -42,9 +42,9 @@ def init_distributed(device: torch.device) -> None:
     deepspeed_logger.setLevel(logging.WARNING)
     if device.type == "cpu":
         # DeepSpeed would compile a shared-memory all-reduce (about a minute of g++) that only its
-        # tensor-parallel inference calls. Marked as incompatible it is left out; gloo does all
-        # collectives of training either way.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # tensor-parallel inference calls. An op that is not listed as compatible is left out; gloo does
+        # all collectives of training either way. (Reading the list would run the compiler for each op.)
+        deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
