@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from rayva.vision.decode import decode_image
 from rayva.vision.towers import load_tower
 from tests.features.features_job import Job, many, picture, sha256, start_ray
 from tests.vision.test_decode import huge_png_header
+from tests.vision.towers_for_tests import save_tower
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -141,24 +142,38 @@ def test_no_images_at_all_is_fine_and_only_bad_ones_are_an_error(tmp_path: Path)
         job.run()
 
 
-def test_features_beyond_float16_stop_the_step_with_a_clear_error(tmp_path: Path) -> None:
-    save_path = tmp_path / "tower"
-    Job(tmp_path / "other", None)
-    shutil.copytree(tmp_path / "other" / "steps" / f"weights-{'ab' * 6}" / "vision", save_path)
-    tensors = load_file(save_path / "model.safetensors")
+def damaged_tower(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
+    save_tower("clip", folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def enlarge(tensors: dict[str, torch.Tensor]) -> None:
     tensors["vision_model.pre_layrnorm.weight"] *= 1e6
-    save_file(tensors, save_path / "model.safetensors")
-    job = Job(tmp_path / "job", save_path)  # an absolute path outside the storage is a tower's place too
+
+
+def remove(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["vision_model.pre_layrnorm.weight"]
+
+
+@pytest.mark.parametrize(("change", "message"), [(enlarge, "float16 ends at 65504"), (remove, "Missing key")])
+def test_what_an_encoder_cannot_do_stops_the_step_with_a_clear_error(
+    tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], None], message: str
+) -> None:
+    # An absolute path outside the storage is a tower's place too.
+    job = Job(tmp_path / "job", damaged_tower(tmp_path / "tower", change))
     job.set_images(many(4))
     with pytest.raises(Exception) as caught:  # noqa: PT011 - Ray's wrapper; what it wraps is checked
         job.run()
     error = user_error(caught.value, job.storage.root)
     assert isinstance(error, WeightsError)
-    assert "float16 ends at 65504" in str(error)
+    assert message in str(error)
 
 
 def test_after_kill_9_only_what_is_missing_is_encoded(tmp_path: Path, short: Path) -> None:
-    count = 3000
+    count = 600
     script = Path(__file__).with_name("features_job.py")
     root = Path(__file__).parents[2]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root / "platform"), str(root)])}

@@ -211,7 +211,7 @@ def test_a_resumed_job_goes_on_in_the_same_runs_and_a_forgotten_step_gets_a_new_
     assert dataset.dataset.name == "data"
     assert data.digest.startswith(dataset.dataset.digest)
     assert data.digest in dataset.dataset.source
-    assert found["tiny"].data.params["finetune.lr"] == "0.001"
+    assert found["tiny"].data.params["finetune.lr"] == str(resolve("tiny").finetune.lr)
     assert found["tiny"].data.params["conversation.template"] == "v1"
 
     folder(storage).forget()

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.context import _set_global_client
 
 from rayva.errors import CapacityError, ServingError
 from rayva.orchestration.serve import build_application
@@ -112,6 +113,9 @@ def running_endpoint(args: dict[str, Any], serving: Serving) -> Iterator[str]:
     finally:
         if _cluster_given():
             serve.shutdown()
+        else:
+            # Serve goes with the cluster. This process must forget it, or it would ask a dead controller.
+            _set_global_client(None)
 
 
 def _cluster_given() -> bool:
