@@ -28,7 +28,7 @@ from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.data.block import Block, BlockAccessor
 
 from rayva.data.schema import REJECTED
-from rayva.errors import DataError, WeightsError
+from rayva.errors import DataError, RayvaError, WeightsError
 from rayva.features.images import Failure, ImageTable, Limits
 from rayva.features.shards import ShardWriter, to_float16
 from rayva.features.store import FeatureStore, StoreLayout, prepare_store
@@ -318,18 +318,29 @@ class _Encoder:
         import torch
 
         torch.set_num_threads(threads)
-        self.tower = source.load(device, dtype)
-        if self.tower.digest != digest:
+        # What an actor's constructor raises is lost when the actor dies of it; so it waits for a call.
+        self.tower: VisionTower | RayvaError
+        try:
+            self.tower = self._load(source, digest, dtype, device)
+        except RayvaError as error:
+            self.tower = error
+
+    def _load(self, source: TowerSource, digest: str, dtype: str, device: str) -> VisionTower:
+        tower = source.load(device, dtype)
+        if tower.digest != digest:
             raise WeightsError(
                 f"This node's copy of {source.path} is not the driver's (the digests differ).",
                 "put the same weights on every node, or on the shared storage",
             )
+        return tower
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        good_B = batch["reason"] == ""
-        feature_BND = np.zeros((len(good_B), self.tower.num_tokens, self.tower.hidden_size), np.float16)
+        if isinstance(self.tower, RayvaError):
+            raise self.tower
+        tower, good_B = self.tower, batch["reason"] == ""
+        feature_BND = np.zeros((len(good_B), tower.num_tokens, tower.hidden_size), np.float16)
         if good_B.any():
-            encoded = self.tower.encode_uint8(batch["pixels"][good_B]).float().cpu().numpy()
+            encoded = tower.encode_uint8(batch["pixels"][good_B]).float().cpu().numpy()
             feature_BND[good_B] = to_float16(encoded, batch["key"][good_B].tolist())
         return {
             "key": batch["key"], "reason": batch["reason"], "detail": batch["detail"], "feature": feature_BND
