@@ -13,6 +13,7 @@ import _bootstrap  # noqa: F401  (makes rayva importable)
 from rayva.orchestration.console import guarded, serving_recipe, serving_settings
 from rayva.recipes import from_dict
 from rayva.recipes.schema import Serving
+from rayva.serving.address import check_exposure, check_port
 from rayva.storage import Storage
 
 
@@ -36,11 +37,12 @@ def _parser() -> argparse.ArgumentParser:
 
 def _serve(options: argparse.Namespace) -> int:
     serving = serving_settings(_settings_of_run(options.storage), options.overrides)
-    from rayva.orchestration.endpoint import check_exposure, check_port, running_endpoint
-    from rayva.orchestration.startup import start_ray, stop_ray
-
     check_exposure(serving.host)
     check_port(serving.host, serving.port)
+    print("Bringing the endpoint up ...", flush=True)
+    from rayva.orchestration.endpoint import running_endpoint
+    from rayva.orchestration.startup import start_ray, stop_ray
+
     start_ray(serving_recipe(serving))
     try:
         args = {

@@ -11,6 +11,7 @@ import pytest
 from rayva.errors import RecipeError, ServingError
 from rayva.orchestration.console import serving_settings
 from rayva.recipes.schema import Serving
+from rayva.serving.address import check_exposure, check_port
 from rayva.serving.source import find_model, local_folder
 
 
@@ -71,8 +72,6 @@ def test_settings_of_the_endpoint_can_be_changed_and_others_cannot() -> None:
 
 
 def test_a_port_in_use_is_named_with_its_override() -> None:
-    from rayva.orchestration.endpoint import check_port
-
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -84,8 +83,6 @@ def test_a_port_in_use_is_named_with_its_override() -> None:
 
 
 def test_an_open_endpoint_needs_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rayva.orchestration.endpoint import check_exposure
-
     for host in ("127.0.0.1", "::1", "localhost"):
         check_exposure(host)
     for host in ("0.0.0.0", "10.0.0.1", "::", "somewhere"):
