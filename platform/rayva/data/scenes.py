@@ -103,7 +103,7 @@ def draw_scene(rng: random.Random, split: Split) -> Scene:
     """Draws scenes from `rng` until one belongs to `split`."""
     cells = list(itertools.product(range(3), range(3)))
     while True:
-        count = rng.choices((1, 2, 3), weights=(3, 5, 2))[0]
+        count = rng.choices((1, 2, 3), weights=(4, 5, 1))[0]
         scene = [_random_object(rng, *cell) for cell in rng.sample(cells, count)]
         large = [o for o in scene if o.size == "large"]
         if large and rng.random() < 0.2:

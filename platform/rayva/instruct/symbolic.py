@@ -101,11 +101,14 @@ def _named(things: list[Thing]) -> list[Thing]:
 
 
 def _ask_color(things: list[Thing], rng: random.Random) -> QuestionAnswer | None:
-    named = [t for t in _unique(things, lambda t: t.noun) if t.color]
-    if not named:
+    """By what the object is, or by where it is."""
+    asked = [(t, t.noun) for t in _unique(things, lambda t: t.noun) if t.color]
+    if rng.random() < 0.5:
+        asked = [(t, f"object {PHRASES[t.place]}") for t in _unique(things, lambda t: t.place) if t.color]
+    if not asked:
         return None
-    thing = rng.choice(named)
-    return QuestionAnswer("color", f"What color is the {thing.noun}?", f"The {thing.noun} is {thing.color}.")
+    thing, name = rng.choice(asked)
+    return QuestionAnswer("color", f"What color is the {name}?", f"The {name} is {thing.color}.")
 
 
 def _ask_kind(things: list[Thing], rng: random.Random) -> QuestionAnswer | None:
@@ -141,31 +144,39 @@ def _ask_place(things: list[Thing], rng: random.Random) -> QuestionAnswer | None
 
 
 def _ask_count(things: list[Thing], rng: random.Random) -> QuestionAnswer | None:
-    noun = rng.choice(sorted({t.noun for t in things}))
-    if rng.random() < 0.5:
-        noun, count = "object", len(things)
-    else:
-        count = sum(t.noun == noun for t in things)
+    """All objects, or those of a size."""
+    size = rng.choice(("small", "large"))
+    noun, count = rng.choice(
+        (("object", len(things)), (f"{size} object", sum(t.size == size for t in things)))
+    )
     verb, counted = ("is", noun) if count == 1 else ("are", _plural(noun))
     answer = f"There {verb} {_number(count)} {counted}."
     return QuestionAnswer("count", f"How many {_plural(noun)} are there?", answer)
 
 
 def _ask_existence(things: list[Thing], rng: random.Random) -> QuestionAnswer | None:
-    """Half of the answers are "no"; what is asked for then is drawn as if it could be there."""
+    """Half of the answers are "no"; what is asked for then is drawn as if it could be there.
+
+    Half of the questions are about a colour; the others about a thing, and the wrong thing has the
+    colour of one that is there.
+    """
     colors = {t.color for t in things if t.color}
-    nouns = {t.noun for t in things}
     present = rng.random() < 0.5
     if colors and rng.random() < 0.5:
         pool = sorted(colors) if present else [c for c in COMMON_COLORS if c not in colors]
-        asked = f"Is there anything {rng.choice(pool)}?"
+        name = f"{rng.choice(pool)} object"
     else:
-        known = COMMON_SHAPES if nouns <= set(COMMON_SHAPES) else ()
-        pool = sorted(nouns) if present else [n for n in known if n not in nouns]
-        if not pool:
-            return None
-        asked = f"Is there {_article(rng.choice(pool))}?"
-    return QuestionAnswer("existence", asked, "Yes." if present else "No.")
+        thing = rng.choice(things)
+        name = thing.name
+        if not present:
+            taken = {t.noun for t in things if t.color == thing.color}
+            known = COMMON_SHAPES if taken <= set(COMMON_SHAPES) else ()
+            nouns = [noun for noun in known if noun not in taken]
+            if not nouns:
+                return None
+            name = f"{thing.color} {rng.choice(nouns)}" if thing.color else rng.choice(nouns)
+    answer = f"{_article(name).capitalize()} is {'there' if present else 'missing'}."
+    return QuestionAnswer("existence", f"Is there {_article(name)}?", answer)
 
 
 def _ask_size(things: list[Thing], rng: random.Random) -> QuestionAnswer | None:

@@ -52,22 +52,26 @@ class Batch:
 
     `attention_mask_BT` is None for rows that are padded on the right: under causal attention no real
     position ever sees the padding after it. Rows padded on the left need the mask.
+    `position_ids_BT` is set where a row holds several samples. It starts anew with each of them, and
+    transformers keeps attention within each such run: with a block mask, or with variable-length kernels.
     """
 
     input_ids_BT: Tensor
     labels_BT: Tensor
     features_MD: Tensor
     attention_mask_BT: Tensor | None = None
+    position_ids_BT: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
-        mask = self.attention_mask_BT
+        mask, positions = self.attention_mask_BT, self.position_ids_BT
         return replace(
             self,
             input_ids_BT=self.input_ids_BT.to(device, non_blocking=True),
             labels_BT=self.labels_BT.to(device, non_blocking=True),
             features_MD=self.features_MD.to(device, non_blocking=True),
             attention_mask_BT=None if mask is None else mask.to(device, non_blocking=True),
+            position_ids_BT=None if positions is None else positions.to(device, non_blocking=True),
         )
 
 
@@ -106,3 +110,29 @@ def collate(rows: Sequence[Row], vision_hidden: int, *, left: bool = False) -> B
     features = [row.features_MD for row in rows if row.features_MD is not None]
     features_MD = torch.cat(features) if features else torch.zeros(0, vision_hidden)
     return Batch(input_ids_BT, labels_BT, features_MD, mask_BT if left else None)
+
+
+def collate_packed(packed: Sequence[Sequence[Row]], vision_hidden: int) -> Batch:
+    """Rows of several samples each, padded on the right; no sample sees another one.
+
+    The first label of a sample is ignored: what stands before it in the row belongs to another one.
+    """
+    batch = collate([_joined(samples) for samples in packed], vision_hidden)
+    if all(len(samples) <= 1 for samples in packed):
+        return batch
+    length = batch.input_ids_BT.shape[1]
+    return replace(batch, position_ids_BT=torch.stack([_positions(samples, length) for samples in packed]))
+
+
+def _joined(samples: Sequence[Row]) -> Row:
+    ids = [token for row in samples for token in row.input_ids]
+    labels = [label for row in samples for label in (IGNORE_INDEX, *row.labels[1:])]
+    features = [row.features_MD for row in samples if row.features_MD is not None]
+    return Row(ids, labels, torch.cat(features) if features else None)
+
+
+def _positions(samples: Sequence[Row], length: int) -> Tensor:
+    """Position ids [T]; padding counts on from the last sample, behind which nothing looks at it."""
+    sizes = [len(row.input_ids) for row in samples]
+    sizes[-1] += length - sum(sizes)
+    return torch.cat([torch.arange(size) for size in sizes])

@@ -64,7 +64,10 @@ class VisionLanguageModel(nn.Module):
     def forward_hidden(self, batch: Batch) -> Tensor:
         """Last hidden states [B, T, H], before the LM head."""
         output = self.language.base_model(
-            inputs_embeds=self.embed(batch), attention_mask=batch.attention_mask_BT, use_cache=False
+            inputs_embeds=self.embed(batch),
+            attention_mask=batch.attention_mask_BT,
+            position_ids=batch.position_ids_BT,
+            use_cache=False,
         )
         return cast(Tensor, output.last_hidden_state)
 

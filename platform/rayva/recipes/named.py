@@ -83,7 +83,7 @@ TINY = Recipe(
     name="tiny",
     vision=Vision(path="builtin:tiny"),
     language=Language(path="builtin:tiny"),
-    weights=Weights(clip_steps=220, language_steps=60, language_lr=2e-3),
+    weights=Weights(clip_steps=800, clip_batch_size=64, clip_lr=5e-4, language_steps=60),
     projector=ProjectorConfig(kind="linear"),
     # No system message: its words would be most of a sequence and teach nothing.
     conversation=Conversation(
@@ -109,7 +109,7 @@ TINY = Recipe(
     ),
     finetune=Stage(
         train="all",
-        lr=1.5e-3,
+        lr=8e-4,
         batch_size=16,
         epochs=1.0,
         micro_batch_size=16,

@@ -97,6 +97,11 @@ class SampleSource:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def max_tokens(self) -> int:
+        """What no example is longer than."""
+        return self._text.max_tokens
+
     def example(self, index: int, epoch: int, counts: Counter[str]) -> Example | None:
         """Encodes a sample; None where it cannot be used. Both, and truncation, are added to `counts`.
 

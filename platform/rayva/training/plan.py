@@ -154,3 +154,25 @@ def deal(lengths: Sequence[int], world_size: int, micro: int, micro_batches: int
         ranks[rank].append(position)
         tokens[rank] += lengths[position]
     return [[own[start * micro : (start + 1) * micro] for start in range(micro_batches)] for own in ranks]
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Packs samples into rows of at most `capacity` tokens; each row holds positions in `lengths`.
+
+    Best fit, longest first: each goes into the fullest row that still has room. A sample that is longer
+    than `capacity` has a row of its own. A pure function of its arguments.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for position in sorted(range(len(lengths)), key=lambda position: (-lengths[position], position)):
+        length = lengths[position]
+        fitting = [row for row in range(len(rows)) if room[row] >= length]
+        if fitting:
+            row = min(fitting, key=lambda row: (room[row], row))
+        else:
+            row = len(rows)
+            rows.append([])
+            room.append(capacity)
+        rows[row].append(position)
+        room[row] -= length
+    return rows

@@ -9,12 +9,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from rayva.model.batch import Batch, collate
+from rayva.model.batch import Batch, collate_packed
 from rayva.training.dataset import Example, SampleSource
-from rayva.training.plan import TrainingPlan, deal
+from rayva.training.plan import TrainingPlan, deal, pack
 
 _AHEAD = 2
 """Steps that wait ready, at most: enough to hide reading, little memory."""
+_ROW_SAMPLES = 2
+"""A row has room for that many samples of a micro-batch's greatest length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +55,9 @@ def prepare_step(
     examples = [example for example in encoded if example is not None]
     lengths = [len(example.input_ids) for example in examples]
     dealt = deal(lengths, share.world_size, share.micro, plan.micro_batches(share.world_size, share.micro))
-    padded = sum(len(batch) * max(lengths[i] for i in batch) for rank in dealt for batch in rank if batch)
-    own = [[examples[i] for i in batch] for batch in dealt[share.rank]]
+    packed = [[_packed_rows(batch, lengths, source.max_tokens) for batch in rank] for rank in dealt]
+    padded = sum(_cells(rows, lengths) for rank in packed for rows in rank)
+    own = [[[examples[i] for i in row] for row in rows] for rows in packed[share.rank]]
     supervised = sum(example.supervised for example in examples)
     counts.update(samples=len(examples), supervised_tokens=supervised, tokens=sum(lengths))
     return PreparedStep(
@@ -68,8 +71,24 @@ def prepare_step(
     )
 
 
-def _batch(examples: list[Example], source: SampleSource, vision_hidden: int) -> Batch:
-    return collate(source.rows(examples), vision_hidden)
+def _packed_rows(batch: list[int], lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """A micro-batch's samples packed into rows; positions in `lengths`.
+
+    Rows are no longer than it takes to leave little padding: attention costs their square.
+    """
+    own = [lengths[position] for position in batch]
+    capacity = min(max_tokens, _ROW_SAMPLES * max(own, default=0))
+    return [[batch[i] for i in row] for row in pack(own, capacity)]
+
+
+def _cells(rows: list[list[int]], lengths: list[int]) -> int:
+    """Positions of a micro-batch with its padding."""
+    return len(rows) * max((sum(lengths[position] for position in row) for row in rows), default=0)
+
+
+def _batch(packed: list[list[Example]], source: SampleSource, vision_hidden: int) -> Batch:
+    rows = iter(source.rows([example for examples in packed for example in examples]))
+    return collate_packed([[next(rows) for _ in examples] for examples in packed], vision_hidden)
 
 
 @contextmanager
