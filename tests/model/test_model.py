@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rayva.errors import WeightsError
 from rayva.model import vlm
-from rayva.model.batch import Batch, ImageCountError, Row, collate, expand_images
+from rayva.model.batch import Batch, ImageCountError, Row, collate, collate_packed, expand_images
 from rayva.model.folder import save_projector
 from rayva.model.freeze import apply_freeze_policy
 from rayva.model.language import load_language_model, load_tokenizer
@@ -70,6 +70,28 @@ def test_rows_in_a_batch_do_not_touch_each_other(model: VisionLanguageModel) -> 
     apart = [model.loss_sum(collate([row], VISION)) for row in rows]
     assert int(count) == sum(int(number) for _, number in apart) == 6
     torch.testing.assert_close(together, sum(loss for loss, _ in apart), rtol=1e-5, atol=0)
+
+
+def test_samples_packed_into_a_row_do_not_touch_each_other(model: VisionLanguageModel) -> None:
+    """Loss and gradients are those of the samples one by one, whatever stands beside them."""
+    samples = [
+        _row([3, 4, 5], 1),
+        _row([6, 9], 0),
+        _row([7, 8], 2, seed=1),
+        _row([10, 11, 12, 13], 1, seed=2),
+    ]
+    batch = collate_packed([[samples[3], samples[1], samples[0]], [samples[2]]], VISION)
+    assert batch.input_ids_BT.shape[0] == 2
+    together, count = model.loss_sum(batch)
+    apart = [model.loss_sum(collate([row], VISION)) for row in samples]
+    assert int(count) == sum(int(number) for _, number in apart)
+    expected = sum(loss for loss, _ in apart)
+    torch.testing.assert_close(together, expected, rtol=1e-5, atol=0)
+    parameters = list(model.parameters())
+    for packed, single in zip(
+        torch.autograd.grad(together, parameters), torch.autograd.grad(expected, parameters), strict=True
+    ):
+        torch.testing.assert_close(packed, single, rtol=1e-4, atol=1e-6)
 
 
 def test_the_projector_takes_part_without_images(model: VisionLanguageModel) -> None:

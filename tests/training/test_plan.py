@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayva.errors import DataError, RecipeError
-from rayva.training.plan import KeyedPermutation, TrainingPlan, deal
+from rayva.training.plan import KeyedPermutation, TrainingPlan, deal, pack
 
 
 @given(size=st.integers(1, 5000), key=st.text(max_size=20))
@@ -105,3 +105,21 @@ def test_deal_balances_tokens_over_ranks() -> None:
     dealt = deal(lengths, 8, 4, 4)
     tokens = [sum(lengths[p] for batch in rank for p in batch) for rank in dealt]
     assert max(tokens) - min(tokens) <= 0.02 * math.fsum(lengths) / 8
+
+
+@given(lengths=st.lists(st.integers(1, 300), max_size=60), capacity=st.integers(1, 400))
+@settings(max_examples=200, deadline=None)
+def test_packing_places_every_sample_once_in_rows_that_hold_it(lengths: list[int], capacity: int) -> None:
+    rows = pack(lengths, capacity)
+    assert sorted(position for row in rows for position in row) == list(range(len(lengths)))
+    for row in rows:
+        assert sum(lengths[position] for position in row) <= capacity or len(row) == 1
+    filled = [sum(lengths[position] for position in row) for row in rows]
+    # No two rows could have been one: a row is opened only while no other has room.
+    assert sum(2 * used <= capacity for used in filled) <= 1
+    assert pack(lengths, capacity) == rows
+
+
+def test_a_sample_goes_where_it_leaves_the_least_room() -> None:
+    assert pack([5, 3, 6, 4], 10) == [[2, 3], [0, 1]]
+    assert pack([20, 2], 10) == [[0], [1]]

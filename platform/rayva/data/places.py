@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 PHRASES = {
-    "top left": "in the top left",
-    "top": "at the top",
-    "top right": "in the top right",
-    "left": "on the left",
-    "center": "in the center",
-    "right": "on the right",
-    "bottom left": "in the bottom left",
-    "bottom": "at the bottom",
-    "bottom right": "in the bottom right",
+    f"{row} {column}": f"in the {row} {column}"
+    for row in ("top", "middle", "bottom")
+    for column in ("left", "center", "right")
 }
 """Place names with their prepositions, row by row."""
 

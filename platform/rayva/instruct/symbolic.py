@@ -144,13 +144,14 @@ def _ask_place(things: list[Thing], rng: random.Random) -> QuestionAnswer | None
 
 
 def _ask_count(things: list[Thing], rng: random.Random) -> QuestionAnswer | None:
-    """All objects, or those of a size."""
+    """All objects, those of a size, or those of a kind where colours do not tell them apart."""
     size = rng.choice(("small", "large"))
-    noun, count = rng.choice(
-        (("object", len(things)), (f"{size} object", sum(t.size == size for t in things)))
-    )
-    verb, counted = ("is", noun) if count == 1 else ("are", _plural(noun))
-    answer = f"There {verb} {_number(count)} {counted}."
+    plain = [t.noun for t in things]
+    counted = [("object", len(things)), (f"{size} object", sum(t.size == size for t in things))]
+    counted += [(noun, plain.count(noun)) for noun in sorted({t.noun for t in things if not t.color})]
+    noun, count = rng.choice(counted)
+    verb, nouns = ("is", noun) if count == 1 else ("are", _plural(noun))
+    answer = f"There {verb} {_number(count)} {nouns}."
     return QuestionAnswer("count", f"How many {_plural(noun)} are there?", answer)
 
 
