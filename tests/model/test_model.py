@@ -91,7 +91,7 @@ def test_samples_packed_into_a_row_do_not_touch_each_other(model: VisionLanguage
     for packed, single in zip(
         torch.autograd.grad(together, parameters), torch.autograd.grad(expected, parameters), strict=True
     ):
-        torch.testing.assert_close(packed, single, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(packed, single, rtol=1e-4, atol=2e-5)
 
 
 def test_the_projector_takes_part_without_images(model: VisionLanguageModel) -> None:

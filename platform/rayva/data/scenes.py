@@ -29,10 +29,10 @@ COLORS = {
     "purple": (140, 60, 180),
     "orange": (245, 135, 30),
 }
-SIDES = {"small": 0.18, "large": 0.31}
+SIDES = {"small": 0.22, "large": 0.31}
 """Side of an object's box as a share of the picture's side."""
 BACKGROUND = (236, 236, 230)
-JITTER = 0.03
+JITTER = 0.02
 SIDE = 96
 """Pixels."""
 
