@@ -82,7 +82,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         *common, "--head", f"--port={gcs}", f"--dashboard-port={dashboard}", f"--temp-dir={home}",
         f"--ray-client-server-port={client}", "--node-ip-address=127.0.0.1", "--include-dashboard=true",
     ]  # fmt: skip
-    worker = [*common, f"--address=127.0.0.1:{gcs}"]
+    # Both have one address, as on a machine without a network.
+    worker = [*common, f"--address=127.0.0.1:{gcs}", "--node-ip-address=127.0.0.1"]
     if os.geteuid() == 0:
         # The second node sees another folder in this one's place.
         (home / "unshared").mkdir()

@@ -225,13 +225,17 @@ def _check_nodes(storage: Storage | None) -> None:
         storage.write_bytes(marker, b"")
     describe = ray.remote(num_cpus=0, max_retries=0)(_describe_worker)
     try:
-        asked = {
-            address: describe.options(
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
-            ).remote(storage.path(marker) if storage is not None and shared else None)
+        # A list: nodes on one machine may have the same address.
+        asked = [
+            (
+                address,
+                describe.options(
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
+                ).remote(storage.path(marker) if storage is not None and shared else None),
+            )
             for node_id, address in nodes.items()
-        }
-        for address, reference in asked.items():
+        ]
+        for address, reference in asked:
             try:
                 answer = ray.get(reference, timeout=_START_TIMEOUT_SECONDS)
             except (RayTaskError, RuntimeEnvSetupError, GetTimeoutError) as error:

@@ -83,7 +83,7 @@ TINY = Recipe(
     name="tiny",
     vision=Vision(path="builtin:tiny"),
     language=Language(path="builtin:tiny"),
-    weights=Weights(clip_steps=800, clip_batch_size=64, clip_lr=5e-4, language_steps=60),
+    weights=Weights(clip_steps=500, clip_batch_size=64, clip_lr=5e-4, language_steps=60),
     projector=ProjectorConfig(kind="linear"),
     # No system message: its words would be most of a sequence and teach nothing.
     conversation=Conversation(

@@ -42,7 +42,9 @@ from rayva.storage import Storage
 PATCH = 32
 """Patches as large as the cells that scenes are drawn in: nine grid features a picture."""
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
-_PAD_ID, _BOS_ID, _EOS_ID = 0, 1, 2
+_PAD_ID, _EOS_ID, _BOS_ID = 0, 1, 2
+"""A CLIP text encoder whose end token is 2 is taken for one of the first released ones: transformers
+then reads the caption at its highest token id instead of at its end."""
 _CROWDED_SHARE = 0.2
 """Of the scenes with several objects, how many the vision tower learns from."""
 _POSITION_STD = 0.2
@@ -58,7 +60,7 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=640,
-        special_tokens=[PAD, BOS, EOS],
+        special_tokens=[PAD, EOS, BOS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
