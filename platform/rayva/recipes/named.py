@@ -110,6 +110,7 @@ TINY = Recipe(
     finetune=Stage(
         train="all",
         lr=8e-4,
+        projector_lr=3.2e-3,
         batch_size=16,
         epochs=1.0,
         micro_batch_size=16,

@@ -47,8 +47,8 @@ _PAD_ID, _EOS_ID, _BOS_ID = 0, 1, 2
 then reads the caption at its highest token id instead of at its end."""
 _CROWDED_SHARE = 0.2
 """Of the scenes with several objects, how many the vision tower learns from."""
-_POSITION_STD = 0.2
-"""Ten times CLIP's own: few steps have to carry where a patch is through to the last layers."""
+_POSITION_STD = 0.5
+"""Far above CLIP's own: few steps have to carry where a patch is through to the last layers."""
 _CORPUS_SCENES = 1500
 _CHECKPOINT_STEPS = 50
 
