@@ -178,13 +178,18 @@ def _pretrain_sample(concept: Concept) -> Sample:
 
 
 def _finetune_samples(concepts: list[Concept], per_image: int, seed: int) -> Iterator[Sample]:
-    """Short conversations. Name and group lead in turn: what comes second can be read off the first."""
+    """Short conversations: in turn the name alone, and the group with what else is known.
+
+    Names take many repetitions, so that theirs are short; the group leads where it is asked, because
+    behind the name it could be read off.
+    """
     for concept in concepts:
         for number in range(per_image):
             rng = random.Random(f"{seed}/emoji/{concept.code}/{number}")
-            leads = [_name_pair(concept, rng), _group_pair(concept, rng)]
-            pairs = leads if number % 2 == 0 else leads[::-1]
-            pairs += _more_pairs(concept, rng)
+            name = _name_pair(concept, rng)
+            pairs = (
+                [name] if number % 2 == 0 else [_group_pair(concept, rng), *_more_pairs(concept, name, rng)]
+            )
             turns: list[Turn] = []
             for question, answer in pairs:
                 prefix = "" if turns else f"{IMAGE_PLACEHOLDER}\n"
@@ -201,13 +206,13 @@ def _group_pair(concept: Concept, rng: random.Random) -> tuple[str, str]:
     return rng.choice(GROUP_QUESTIONS), concept.group
 
 
-def _more_pairs(concept: Concept, rng: random.Random) -> list[tuple[str, str]]:
-    """Now and then a third exchange: tags or a sentence. Rare, because tokens are what time goes into."""
+def _more_pairs(concept: Concept, name: tuple[str, str], rng: random.Random) -> list[tuple[str, str]]:
+    """The name, now and then tags or a sentence. These are rare, because tokens are what time goes into."""
     if len(concept.tags) < 2 or rng.random() < 0.7:
-        return []
+        return [name]
     tags = rng.sample(concept.tags, min(3, len(concept.tags)))
     if rng.random() < 0.5:
-        return [(TAG_QUESTION, ", ".join(tags))]
+        return [name, (TAG_QUESTION, ", ".join(tags))]
     related = f"{', '.join(tags[:-1])} and {tags[-1]}"
     return [(DESCRIBE_QUESTION, f"The picture shows this: {concept.label}. It has to do with {related}.")]
 
