@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -201,14 +201,20 @@ ASKERS: dict[str, Callable[[list[Thing], random.Random], QuestionAnswer | None]]
 }
 
 
-def questions(record: ImageRecord, rng: random.Random, most: int) -> list[QuestionAnswer]:
+TAUGHT = (*ASKERS, "color", "color", "color", "object", "place", "count")
+"""Kinds of the questions in conversations: those that take the most practice come more than once."""
+
+
+def questions(
+    record: ImageRecord, rng: random.Random, most: int, kinds: Sequence[str] = tuple(ASKERS)
+) -> list[QuestionAnswer]:
     """Up to `most` different questions about `record`, of kinds drawn at random."""
     things = [_thing(i) for i in record.instances]
     found: dict[str, QuestionAnswer] = {}
     for _ in range(4 * most):
         if not things or len(found) == most:
             break
-        asked = ASKERS[rng.choice(tuple(ASKERS))](things, rng)
+        asked = ASKERS[rng.choice(kinds)](things, rng)
         if asked:
             found.setdefault(asked.question, asked)
     return list(found.values())
@@ -265,7 +271,7 @@ def respond(record: ImageRecord, kind: ResponseType, seed: int, most: int = 3) -
     rng = random.Random(f"{seed}/{kind}/{record.image_id}")
     pairs: list[tuple[str, str]]
     if kind == "conversation":
-        pairs = [(q.question, q.answer) for q in questions(record, rng, most)]
+        pairs = [(q.question, q.answer) for q in questions(record, rng, most, TAUGHT)]
     elif kind == "detail":
         pairs = [(rng.choice(DETAIL_QUESTIONS), detail(record, rng))]
     else:
