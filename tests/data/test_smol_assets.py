@@ -3,17 +3,19 @@
 import base64
 import hashlib
 import io
-import json
 import os
 import stat
 import tarfile
 
+import numpy as np
 import pytest
 import torch
 
 from rayva.errors import DataError, StorageError, WeightsError
 from rayva.orchestration import smol_assets
 from rayva.orchestration.smol_assets import NpmPackage, convert_efficientnet
+from rayva.vision.efficientnet import EfficientNetLite0
+from rayva.vision.towers import load_tower
 
 
 class Payload:
@@ -21,21 +23,18 @@ class Payload:
         return os.mkdir, ("ran",)
 
 
-def test_efficientnet_keeps_names_and_values(tmp_path):
-    from safetensors.torch import load_file
-
-    state = {
-        "_conv_stem.weight": torch.randn(4, 3, 3, 3),
-        "_conv_head.weight": torch.randn(3, 4).t(),
-        "_bn0.num_batches_tracked": torch.tensor(7),
-    }
+def test_what_was_fetched_loads_as_the_tower_that_it_is(tmp_path):
+    network = EfficientNetLite0().eval()
+    state = {**network.state_dict(), "_fc.weight": torch.zeros(2, 2).t()}
     torch.save(state, tmp_path / "w.pth")
     convert_efficientnet(tmp_path / "w.pth", tmp_path / "vision")
-    written = load_file(tmp_path / "vision" / "model.safetensors")
-    assert written.keys() == state.keys()
-    assert all(torch.equal(written[name], state[name]) for name in state)
-    config = json.loads((tmp_path / "vision" / "config.json").read_text())
-    assert config == {"kind": "efficientnet_lite", "variant": "lite0"}
+    tower = load_tower(str(tmp_path / "vision"), "efficientnet_lite", -1, image_size=64, aspect="pad")
+    pixels_1HW3 = np.full((1, 64, 64, 3), (127, 255, 0), np.uint8)
+    # As the Lite models were trained: (v - 127) / 128.
+    pixels_13HW = torch.tensor([0.0, 1.0, -127 / 128]).view(1, 3, 1, 1).expand(1, 3, 64, 64)
+    with torch.no_grad():
+        expected_1ND = network(pixels_13HW)
+    torch.testing.assert_close(tower.encode_uint8(pixels_1HW3), expected_1ND, atol=1e-4, rtol=1e-3)
 
 
 def test_weights_that_would_run_code_are_refused(tmp_path, monkeypatch):

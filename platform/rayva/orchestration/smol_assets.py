@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import shutil
 import subprocess
 import sys
@@ -118,7 +117,8 @@ def convert_efficientnet(source: Path, target: Path) -> None:
     import struct
 
     import torch
-    from safetensors.torch import save_file
+
+    from rayva.vision.efficientnet import save_efficientnet
 
     try:
         state = torch.load(source, map_location="cpu", weights_only=True)
@@ -126,10 +126,7 @@ def convert_efficientnet(source: Path, target: Path) -> None:
         raise WeightsError(f"{source} cannot be read as torch weights: {error}", "fetch it again") from error
     if "_conv_stem.weight" not in state or "_conv_head.weight" not in state:
         raise WeightsError(f"{source} holds no EfficientNet-Lite0", "fetch it again")
-    target.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, target / "model.safetensors")
-    config = {"kind": "efficientnet_lite", "variant": "lite0"}
-    (target / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    save_efficientnet(target, state)
 
 
 def _pins() -> dict[str, list[str]]:
