@@ -45,7 +45,9 @@ format: $(STAMP) ## rewrite the sources as `make lint` wants them
 	$(BIN)/ruff format .
 
 bench: $(STAMP) ## the figures of docs/benchmarks.md
-	$(BIN)/python benchmarks/features.py
+	$(BIN)/python benchmarks/features.py --images 5000 --tower efficientnet_lite
+	rm -rf runs/bench-tiny
+	$(BIN)/python benchmarks/steps.py --recipe tiny --storage runs/bench-tiny
 
 clean: ## forget runs/ (the virtual environment stays)
 	rm -rf runs

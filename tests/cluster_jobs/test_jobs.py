@@ -35,6 +35,7 @@ class Cluster:
     """Two nodes; `call` runs a command as one who has the token."""
 
     environment: dict[str, str]
+    gcs: str
     port: int
     home: Path
 
@@ -69,7 +70,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     token = home / "token"
     token.write_text("a" * 64)
     token.chmod(0o600)
-    gcs, dashboard, client = free_ports(3)
+    gcs, dashboard, client, *agents = free_ports(5)
     environment = {
         **CLEAN,
         "RAY_AUTH_MODE": "token",
@@ -81,9 +82,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     head = [
         *common, "--head", f"--port={gcs}", f"--dashboard-port={dashboard}", f"--temp-dir={home}",
         f"--ray-client-server-port={client}", "--node-ip-address=127.0.0.1", "--include-dashboard=true",
+        f"--dashboard-agent-listen-port={agents[0]}",
     ]  # fmt: skip
     # Both have one address, as on a machine without a network.
-    worker = [*common, f"--address=127.0.0.1:{gcs}", "--node-ip-address=127.0.0.1"]
+    worker = [
+        *common, f"--address=127.0.0.1:{gcs}", "--node-ip-address=127.0.0.1",
+        f"--dashboard-agent-listen-port={agents[1]}",
+    ]  # fmt: skip
     if os.geteuid() == 0:
         # The second node sees another folder in this one's place.
         (home / "unshared").mkdir()
@@ -99,7 +104,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             if command is head:
                 wait_until_ready(environment, gcs, dashboard, 1, home)
         wait_until_ready(environment, gcs, dashboard, 2, home)
-        yield Cluster(environment, dashboard, home)
+        yield Cluster(environment, f"127.0.0.1:{gcs}", dashboard, home)
     finally:
         for node in reversed(nodes):
             node.terminate()  # `ray start --block` takes its processes along
@@ -196,10 +201,42 @@ def test_without_a_working_dir(cluster: Cluster, checkout: Path, tmp_path: Path)
 def test_a_driver_that_joins_by_address(cluster: Cluster, checkout: Path, tmp_path: Path) -> None:
     """No job at all: somebody on the head node starts the script with RAY_ADDRESS set."""
     done = cluster.call(
-        sys.executable, "tests/cluster_jobs/driver.py", str(tmp_path), cwd=checkout, RAY_ADDRESS="auto",
-        RAY_TMPDIR=str(cluster.home),
+        sys.executable, "tests/cluster_jobs/driver.py", str(tmp_path), cwd=checkout,
+        RAY_ADDRESS=cluster.gcs,
     )  # fmt: skip
     check(result_of(done), checkout)
+
+
+SMALL = [
+    "data.train_scenes=48", "data.validation_scenes=4", "data.test_scenes=12", "data.samples_per_image=2",
+    "weights.clip_steps=4", "weights.clip_batch_size=16", "weights.language_steps=4", "pretrain.batch_size=8",
+    "pretrain.micro_batch_size=4", "finetune.batch_size=8", "finetune.micro_batch_size=4",
+    "evaluation.batch_size=16", "scaling.workers=2", "scaling.cpus_per_worker=1",
+]  # fmt: skip
+
+
+def test_the_whole_job_in_both_forms(cluster: Cluster, checkout: Path, tmp_path: Path) -> None:
+    """Trained by two workers; the second job has other settings, and shares what they do not change."""
+    storage = tmp_path / "run"
+    script, with_storage = "pipelines/full.py", ["--recipe", "tiny", "--storage", str(storage), *SMALL]
+    done = cluster.submit("--working-dir", ".", "--", "python", script, *with_storage, cwd=checkout)
+    first = whole_run(done, storage, checkout)
+    without = ["python", str(checkout / script), *with_storage, "finetune.lr=5e-4"]
+    second = whole_run(cluster.submit("--", *without, cwd=tmp_path), storage, checkout)
+    same = {n for n, stage in second["stages"].items() if stage["folder"] == first["stages"][n]["folder"]}
+    assert same == {"weights", "data", "features", "pretrain"}
+
+
+def whole_run(done: subprocess.CompletedProcess[str], storage: Path, checkout: Path) -> dict[str, Any]:
+    """The summary of a job that ended well; its code and its workers are checked."""
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    summary: dict[str, Any] = json.loads((storage / "summary.json").read_text(encoding="utf-8"))
+    assert summary["commit"] == commit_of(checkout)
+    assert summary["mlflow"]["run_id"]
+    for stage in ("pretrain", "finetune"):
+        manifest = json.loads((Path(summary["stages"][stage]["folder"]) / "manifest.json").read_text())
+        assert manifest["outputs"]["workers"] == 2
+    return summary
 
 
 def test_more_workers_than_the_cluster_has_is_told_before_any_work(

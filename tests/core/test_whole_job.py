@@ -23,8 +23,6 @@ SMALL = [
 ]  # fmt: skip
 MOMENTS = [
     (r"\[1/8\] weights: make|\[1/8\] weights: fetch", 3.0),
-    (r"\[3/8\] features: ", 2.0),
-    (r"  pretrain: \d", 0.5),
     (r"  finetune: \d", 0.5),
     (r"\[6/8\] evaluate: ", 4.0),
 ]
@@ -85,7 +83,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_figures(tmp_path: Path) -> N
         now = _manifests(broken)
         assert finished.items() <= now.items(), "a finished step was run again"
         finished = now
-    assert len(finished) >= 5
+    assert len(finished) >= 4
     _run(broken)
     assert finished.items() <= _manifests(broken).items()
     assert _figures(broken) == _figures(whole)
