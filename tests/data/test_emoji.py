@@ -123,7 +123,7 @@ def test_general_knowledge_does_not_give_away_the_held_out_questions():
     held_out = list(text_questions())
     assert not {q.question for q in held_out} & set(questions)
     for question in held_out:
-        assert not any(question.accepted[0].lower() == a.lower().rstrip(".") for _, a in text_pairs()
+        assert not any(question.accepted[0].lower() in a.lower() for _, a in text_pairs()
                        if question.kind == "capital")  # fmt: skip
 
 

@@ -105,6 +105,9 @@ _FACTS = (
     ("Hello!", "Hello! How can I help you?"),
     ("Thank you.", "You are welcome!"),
 )
+TEXT_REPEATS = 3
+"""In one epoch. Answers are sentences as the language model itself would say them, so that what holds it
+near to where it was is not yet another thing to learn."""
 _HELD_OUT = (
     ("capital", "What is the capital of France?", ("Paris", "The capital of France is Paris")),
     ("capital", "What is the capital of Japan?", ("Tokyo", "The capital of Japan is Tokyo")),
@@ -119,19 +122,22 @@ _HELD_OUT = (
 def text_pairs() -> list[tuple[str, str]]:
     """All training questions with their answers."""
     return [
-        *((f"What is the capital of {country}?", f"{city}.") for country, city in _CAPITALS.items()),
         *(
-            (f"What is the opposite of {word}?", f"{other.capitalize()}.")
+            (f"What is the capital of {country}?", f"The capital of {country} is {city}.")
+            for country, city in _CAPITALS.items()
+        ),
+        *(
+            (f"What is the opposite of {word}?", f"The opposite of {word} is {other}.")
             for word, other in _OPPOSITES.items()
         ),
-        *((f"What is {term}?", f"{value}.") for term, value in _SUMS),
+        *((f"What is {term}?", f"{term.capitalize()} is {value}.") for term, value in _SUMS),
         *_FACTS,
     ]
 
 
 def text_samples() -> Iterator[Sample]:
-    """The training questions as samples without image."""
-    for number, (question, answer) in enumerate(text_pairs()):
+    """The training questions, several times over, as samples without image."""
+    for number, (question, answer) in enumerate(text_pairs() * TEXT_REPEATS):
         yield Sample(f"text/{number}", (), (Turn("human", question), Turn("gpt", answer)), "text")
 
 
