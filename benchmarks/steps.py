@@ -36,7 +36,9 @@ def main() -> None:
     summary = json.loads((options.storage / "summary.json").read_text(encoding="utf-8"))
     print("\n| step | seconds | peak memory, MiB |\n|---|---|---|")
     for name, stage in summary["stages"].items():
-        print(f"| {name} | {stage['seconds']:.1f} | {peaks.get(name, 0) / _MIB:,.0f} |")
+        # A step may be over before it was looked at.
+        peak = f"{peaks[name] / _MIB:,.0f}" if name in peaks else "not sampled"
+        print(f"| {name} | {stage['seconds']:.1f} | {peak} |")
 
 
 def _options() -> argparse.Namespace:
