@@ -1,7 +1,7 @@
 """Time and memory of each step of a recipe, from one run of the whole job.
 
 Memory is the sum of the proportional set sizes of the job's processes, Ray's own among them, sampled
-every two seconds: pages that processes share are counted once. The object store counts as far as it is
+every half second: pages that processes share are counted once. The object store counts as far as it is
 used.
 
     python benchmarks/steps.py --recipe tiny --storage /tmp/steps-tiny
@@ -22,7 +22,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 _STEP = re.compile(r"^\[\d+/\d+\] (\w+):")
-_SECONDS_BETWEEN_SAMPLES = 2.0
+_SECONDS_BETWEEN_SAMPLES = 0.5
 _MIB = 2**20
 
 

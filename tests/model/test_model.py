@@ -74,6 +74,7 @@ def test_rows_in_a_batch_do_not_touch_each_other(model: VisionLanguageModel) -> 
 
 def test_samples_packed_into_a_row_do_not_touch_each_other(model: VisionLanguageModel) -> None:
     """Loss and gradients are those of the samples one by one, whatever stands beside them."""
+    model.double()  # sums in another order round differently in single precision
     samples = [
         _row([3, 4, 5], 1),
         _row([6, 9], 0),
@@ -91,7 +92,7 @@ def test_samples_packed_into_a_row_do_not_touch_each_other(model: VisionLanguage
     for packed, single in zip(
         torch.autograd.grad(together, parameters), torch.autograd.grad(expected, parameters), strict=True
     ):
-        torch.testing.assert_close(packed, single, rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(packed, single, rtol=1e-4, atol=1e-6)
 
 
 def test_the_projector_takes_part_without_images(model: VisionLanguageModel) -> None:

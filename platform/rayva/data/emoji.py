@@ -186,10 +186,9 @@ def _finetune_samples(concepts: list[Concept], per_image: int, seed: int) -> Ite
     for concept in concepts:
         for number in range(per_image):
             rng = random.Random(f"{seed}/emoji/{concept.code}/{number}")
-            name = _name_pair(concept, rng)
-            pairs = (
-                [name] if number % 2 == 0 else [_group_pair(concept, rng), *_more_pairs(concept, name, rng)]
-            )
+            pairs = [_name_pair(concept, rng)]
+            if number % 2:
+                pairs = [_group_pair(concept, rng), *_more_pairs(concept, pairs[0], rng)]
             turns: list[Turn] = []
             for question, answer in pairs:
                 prefix = "" if turns else f"{IMAGE_PLACEHOLDER}\n"

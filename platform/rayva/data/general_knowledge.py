@@ -106,8 +106,8 @@ _FACTS = (
     ("Thank you.", "You are welcome!"),
 )
 TEXT_REPEATS = 3
-"""In one epoch. Answers are sentences as the language model itself would say them, so that what holds it
-near to where it was is not yet another thing to learn."""
+"""In one epoch. Where answers follow a pattern they are sentences as the language model itself would say
+them, so that what holds it near to where it was is not yet another thing to learn."""
 _HELD_OUT = (
     ("capital", "What is the capital of France?", ("Paris", "The capital of France is Paris")),
     ("capital", "What is the capital of Japan?", ("Tokyo", "The capital of Japan is Tokyo")),
