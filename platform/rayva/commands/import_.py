@@ -50,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Imports, and tells what the checkpoint was taken for."""
-    from rayva.model.import_model import Choices, import_model
+    from rayva.model.import_model import import_model
+    from rayva.model.import_parts import Choices
     from rayva.model.shards import output_errors
 
     chosen = ("language", "vision", "tokenizer", "template", "system", "aspect", "layer")

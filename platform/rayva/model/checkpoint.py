@@ -12,6 +12,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +238,7 @@ def check_part(
         what: names the part ("language model").
         tensors: by their names in Rayva's folder.
         expected: shapes by name.
-        where: names the files, for a key that is in none of them.
+        where: names the files in complaints, where there is no tensor at all.
         config: names what the shapes follow from.
 
     Raises:
@@ -245,7 +246,11 @@ def check_part(
     """
     for name, shape in expected.items():
         if name not in tensors:
-            raise WeightsError(f"{where} lacks the {what}'s tensor {name} {list(shape)}", _REMEDY)
+            raise WeightsError(
+                f"{files_of(tensors, where)} lacks {stored_name(tensors, name)} {list(shape)}, which "
+                f"{config} describes ({what})",
+                _REMEDY,
+            )
     for name, tensor in tensors.items():
         if name not in expected:
             raise WeightsError(
@@ -258,6 +263,23 @@ def check_part(
                 _REMEDY,
             )
     check_precision(what, tensors.values())
+
+
+def files_of(tensors: Tensors, where: str) -> str:
+    """Names the files that a part is stored in."""
+    files = sorted({str(tensor.file) for tensor in tensors.values()})
+    return ", ".join(files) if 0 < len(files) <= 4 else where
+
+
+def stored_name(tensors: Tensors, name: str) -> str:
+    """How a checkpoint would call the tensor that Rayva calls `name`, judged by one that it has."""
+    for known, tensor in tensors.items():
+        pairs = zip(reversed(known), reversed(tensor.key), strict=False)
+        common = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        mine, theirs = known[: len(known) - common], tensor.key[: len(tensor.key) - common]
+        if name.startswith(mine):
+            return theirs + name.removeprefix(mine)
+    return name
 
 
 def check_precision(what: str, tensors: Iterable[LazyTensor]) -> None:

@@ -189,11 +189,19 @@ def find_tokenizer(*folders: Path | None) -> Path:
 
 def write_tokenizer(source: Path, target: Path, added: tuple[str, ...] = ()) -> PreTrainedTokenizerBase:
     """Copies a tokenizer's files, adds control tokens that it lacks, and proves that it loads."""
-    for name in _COPIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    tokenizer = load_tokenizer(str(target))
-    twin_of(tokenizer)
+    copied = [name for name in _COPIED if (source / name).is_file()]
+    for name in copied:
+        if name.endswith(".json"):
+            read_json(source / name)
+        shutil.copyfile(source / name, target / name)
+    try:
+        tokenizer = load_tokenizer(str(target))
+        twin_of(tokenizer)
+    except WeightsError as error:
+        raise WeightsError(
+            f"{source}: {', '.join(copied)} are no tokenizer: {error.what.replace(str(target), str(source))}",
+            "fetch the tokenizer again, or name another one's folder with --tokenizer",
+        ) from error
     missing = [token for token in added if token not in tokenizer.get_vocab()]
     if missing:
         tokenizer.add_tokens(missing, special_tokens=True)

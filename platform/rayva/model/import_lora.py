@@ -64,7 +64,7 @@ def merge(folder: Path, base: Tensors) -> Tensors:
             )
         if set(sides) != {"A", "B"}:
             lost = ({"A", "B"} - set(sides)).pop()
-            raise WeightsError(f"{file} lacks lora_{lost} of {module}", _REMEDY)
+            raise WeightsError(f"{file} lacks {_PREFIX}{module}.lora_{lost}.weight", _REMEDY)
         merged[name] = _merged(base[name], sides["A"], sides["B"], rank, scale)
     if not pairs:
         raise WeightsError(f"{file} holds no LoRA weights", _REMEDY)

@@ -82,7 +82,7 @@ def tower_folder(checkpoint: Path, named: object, given: Path | None, stored: bo
         return given
     if not isinstance(named, str) or not named:
         raise WeightsError(
-            f"{checkpoint}: mm_vision_tower is {named!r}, which names no vision tower",
+            f"{checkpoint / 'config.json'}: mm_vision_tower is {named!r}, which names no vision tower",
             "give the tower's folder with --vision",
         )
     for folder in (checkpoint / named, Path(named)):
@@ -92,7 +92,8 @@ def tower_folder(checkpoint: Path, named: object, given: Path | None, stored: bo
         return None
     if not _HUB_NAME.fullmatch(named):
         raise WeightsError(
-            f"{checkpoint}: mm_vision_tower {named!r} is no folder, seen from the checkpoint or from here",
+            f"{checkpoint / 'config.json'}: mm_vision_tower {named!r} is no folder, neither seen from the "
+            "checkpoint nor from here",
             "give the tower's folder with --vision",
         )
     return resolve_folder(named)
