@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,11 @@ def test_a_padded_vocabulary_stays_as_it_is() -> None:
 def sentencepiece(folder: Path, legacy: bool) -> PreTrainedTokenizerBase:
     """The golden SentencePiece vocabulary, as the original's (legacy) or the newer kind of tokenizer."""
     (folder / "tokenizer.model").write_bytes((GOLDEN / "tokenizer.model").read_bytes())
-    settings = (
-        '{"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", '
-        f'"add_bos_token": true, "add_eos_token": false, "legacy": {str(legacy).lower()}}}'
-    )
-    (folder / "tokenizer_config.json").write_text(settings)
+    settings = {
+        "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+        "add_bos_token": True, "add_eos_token": False, "legacy": legacy,
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return AutoTokenizer.from_pretrained(folder)
 
 
