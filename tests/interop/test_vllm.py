@@ -1,4 +1,4 @@
-"""vLLM answers as transformers does. It needs a Python with vLLM, which lives in an environment of its own."""
+"""vLLM answers as transformers does. vLLM lives in an environment of its own, whose Python must be given."""
 
 from __future__ import annotations
 
