@@ -60,6 +60,7 @@ from tests.interop.checkpoints import (
 from tests.interop.test_mutations import make_lora, make_stage_one
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared/golden/numerics"
+pytestmark = pytest.mark.slow  # many export a model and load it in transformers
 needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason="the original's outputs are not at ../shared")
 
 
