@@ -620,7 +620,7 @@ def test_a_killed_import_leaves_no_half_written_folder(tmp_path: Path) -> None:
     paths = os.pathsep.join(sys.path)
     command = [sys.executable, "-c", "import sys; from rayva.cli import main; sys.exit(main(sys.argv[1:]))"]
     process = subprocess.Popen([*command, *arguments], env=os.environ | {"PYTHONPATH": paths})
-    while process.poll() is None and not list(tmp_path.glob("place/.out-*/language/unfinished-*")):
+    while process.poll() is None and not list(tmp_path.glob("place/.out-*/language/config.json")):
         time.sleep(0.001)
     process.kill()
     assert process.wait() == -signal.SIGKILL
