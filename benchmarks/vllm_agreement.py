@@ -26,7 +26,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "platform")]
 
 import torch  # noqa: E402
-from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from rayva.data import scenes  # noqa: E402
 
@@ -154,8 +159,16 @@ def vllm_answers(
     folder: Path,
 ) -> list[dict[str, list[int]]]:
     """The same from vLLM, in a process of its own."""
-    work = {"model": str(model), "questions": questions, "tokens": options.tokens, "dtype": options.dtype}
-    work["length"] = 512
+    from rayva.model.export_hf import vllm_overrides
+
+    work = {
+        "model": str(model),
+        "questions": questions,
+        "tokens": options.tokens,
+        "dtype": options.dtype,
+        "length": min(512, LlavaConfig.from_pretrained(model).text_config.max_position_embeddings),
+        "overrides": vllm_overrides(model),
+    }
     (folder / "work.json").write_text(json.dumps(work), encoding="utf-8")
     for number, picture in enumerate(pictures):
         picture.save(folder / f"{number}.png")

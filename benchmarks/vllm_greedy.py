@@ -1,8 +1,8 @@
 """Greedy answers of vLLM to questions about a picture each: the half of vllm_agreement.py that needs vLLM.
 
 It runs in vLLM's own Python and imports nothing of Rayva. Its argument is a folder with work.json
-(`model`, `questions`, `tokens`, `dtype`, `length`) and one PNG a question; it writes answers.json there:
-for each question the ids of the prompt and of the answer.
+(`model`, `questions`, `tokens`, `dtype`, `length`, `overrides`) and one PNG a question; it writes
+answers.json there: for each question the ids of the prompt and of the answer.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def main(folder: Path) -> None:
         work["model"],
         dtype=work["dtype"],
         max_model_len=work["length"],
+        hf_overrides=work["overrides"],
         limit_mm_per_prompt={"image": 1},
         enforce_eager=True,
         seed=0,

@@ -77,7 +77,10 @@ def test_the_command_writes_each_form_from_a_folder(
 ) -> None:
     target = tmp_path / "out"
     assert run_command(str(source), str(target), "--format", form) == 0
-    assert str(target) in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert str(target) in told
+    linear = json.loads((source / "rayva.json").read_text())["projector"] == "linear"
+    assert ("--hf-overrides" in told) == (linear and form == "hf")
     assert list(target.glob("*.json"))
     with pytest.raises(WeightsError, match="exists already"):
         run_command(str(source), str(target), "--format", form)

@@ -8,6 +8,7 @@ original writes it.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Exports and tells where to and, for hf, how near the logits are."""
-    from rayva.model.export_hf import export_hf
+    from rayva.model.export_hf import export_hf, vllm_overrides
     from rayva.model.export_llava import export_llava, export_projector
     from rayva.model.shards import output_errors
     from rayva.serving.source import find_model, local_folder
@@ -30,6 +31,8 @@ def run(options: argparse.Namespace) -> int:
         if options.format == "hf":
             difference = export_hf(folder, options.target)
             print(f"{options.target}: written; the largest difference of a logit is {difference:.1e} (fp32).")
+            if overrides := vllm_overrides(options.target):
+                print(f"  vLLM needs --hf-overrides '{json.dumps(overrides)}' for a linear projector.")
             return 0
         write = export_llava if options.format == "llava" else export_projector
         write(folder, options.target)

@@ -46,6 +46,16 @@ _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
 
 
+def vllm_overrides(exported: Path) -> dict[str, str]:
+    """What vLLM's `--hf-overrides` has to say for an exported folder.
+
+    transformers calls the identity between the layers of a linear projector `linear`; vLLM (0.32) knows it
+    only by another name, which transformers does not know.
+    """
+    linear = read_json(exported / "config.json").get("projector_hidden_act") == "linear"
+    return {"projector_hidden_act": "torch.nn.modules.linear.Identity"} if linear else {}
+
+
 def has_hf_class(settings: ModelSettings) -> bool:
     """Whether Hugging Face's LLaVA can hold this vision tower."""
     return settings.vision.kind in ("clip", "siglip")
