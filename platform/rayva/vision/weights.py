@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,21 +94,29 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
     Raises:
         WeightsError: where a file is damaged.
     """
+    tensors: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        tensors |= _read_tensors(file)
+    return tensors
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
     import pickle
+    import struct
 
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    tensors: dict[str, Tensor] = {}
-    for file in weight_files(folder):
-        try:
-            if file.suffix == ".safetensors":
-                tensors |= load_file(file)
-            else:
-                tensors |= torch.load(file, map_location="cpu", weights_only=True)
-        except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError) as error:
-            raise WeightsError(
-                f"{os.fspath(file)} cannot be read: {error}", "fetch the weights folder again"
-            ) from error
-    return tensors
+    try:
+        if file.suffix == ".safetensors":
+            return dict(load_file(file))
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except (
+        *(SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError),
+        *(LookupError, TypeError, AttributeError, AssertionError, struct.error),  # of damaged pickles
+    ) as error:
+        raise WeightsError(f"{file} cannot be read: {error}", "fetch the weights folder again") from error
+    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise WeightsError(f"{file} holds something else than tensors.", "fetch the weights folder again")
+    return dict(loaded)
