@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 
 from rayva.commands import export
 from rayva.errors import ServingError, WeightsError
+from rayva.model.checkpoint import open_checkpoint
 from rayva.model.export_hf import export_rayva
+from rayva.model.export_llava import export_llava, export_projector
 from rayva.model.folder import load_assistant
-from rayva.model.interop import ShardWriter, export_llava, export_projector, fresh_folder
+from rayva.model.shards import CheckpointWriter, fresh_folder
 from tests.export.tiny_model import HIDDEN, make_model_folder
 
 
@@ -27,12 +29,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(set(index["weight_map"].values())):
-        tensors |= load_file(folder / file)
-    assert set(tensors) == set(index["weight_map"])
-    return tensors
+    return {name: tensor.load() for name, tensor in open_checkpoint(folder).items()}
 
 
 def test_the_original_layout_holds_every_weight_unchanged(source: Path, tmp_path: Path) -> None:
@@ -118,7 +115,7 @@ def test_a_disk_without_room_is_told_by_its_number(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
         with pytest.raises(OSError, match="File too large") as caught:
-            ShardWriter(tmp_path, 1).add({"x": torch.zeros(10_000)})
+            CheckpointWriter(tmp_path, 1).add({"x": torch.zeros(10_000), "y": torch.zeros(1)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert caught.value.errno == errno.EFBIG

@@ -8,6 +8,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "recipe": ("rayva.commands.recipe", "print a recipe, resolved"),
     "chat": ("rayva.commands.chat", "ask a model about a picture"),
     "inspect": ("rayva.commands.inspect", "show how the rows of a LLaVA JSON file are seen in training"),
+    "import": ("rayva.commands.import_", "turn a LLaVA checkpoint of another program into a model folder"),
     "export": ("rayva.commands.export", "write a model folder in another format"),
 }
 """Module and one line of help, by the command's name."""

@@ -21,15 +21,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Exports and tells where to and, for hf, how near the logits are."""
     from rayva.model.export_hf import export_hf
-    from rayva.model.interop import export_llava, export_projector
+    from rayva.model.export_llava import export_llava, export_projector
+    from rayva.model.shards import output_errors
     from rayva.serving.source import find_model, local_folder
 
     folder, _storage = local_folder(find_model(options.source, options.tracking_uri))
-    if options.format == "hf":
-        difference = export_hf(folder, options.target)
-        print(f"{options.target}: written; the largest difference of a logit is {difference:.1e} (fp32).")
-        return 0
-    write = export_llava if options.format == "llava" else export_projector
-    write(folder, options.target)
+    with output_errors(options.target):
+        if options.format == "hf":
+            difference = export_hf(folder, options.target)
+            print(f"{options.target}: written; the largest difference of a logit is {difference:.1e} (fp32).")
+            return 0
+        write = export_llava if options.format == "llava" else export_projector
+        write(folder, options.target)
     print(f"{options.target}: written.")
     return 0

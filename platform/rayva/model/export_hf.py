@@ -9,7 +9,6 @@ Shapes: B rows, T positions, V vocabulary of the source.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,12 +28,13 @@ from transformers import (
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from rayva.errors import WeightsError
+from rayva.model.checkpoint import in_file_order, open_checkpoint, read_json
 from rayva.model.export_hf_chat import chat_template
 from rayva.model.export_hf_check import check_export
+from rayva.model.export_llava import projector_tensors
 from rayva.model.folder import ModelSettings, VisionSettings
-from rayva.model.interop import ShardWriter, fresh_folder, projector_tensors, read_tensors, weight_files
 from rayva.model.language import load_tokenizer
-from rayva.text.templates import Template, get_template
+from rayva.model.shards import CheckpointWriter, fresh_folder
 from rayva.vision.architecture import TowerSpec, read_spec
 from rayva.vision.preprocess import Preprocessing
 from rayva.vision.weights import load_tensors
@@ -105,54 +105,52 @@ def _vision_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 def _tokenizer(source: Path, settings: ModelSettings) -> PreTrainedTokenizerBase:
     """The model's tokenizer with the image token, a padding token and the chat template."""
     tokenizer = load_tokenizer(str(source / "language"))
-    template = _template(settings, tokenizer)
-    tokenizer.chat_template = chat_template(template, tokenizer, settings.conversation.system)
+    conversation = settings.conversation
+    tokenizer.chat_template = chat_template(
+        conversation.build(tokenizer), tokenizer, conversation.system, conversation.image_markers
+    )
     tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     return tokenizer
 
 
-def _template(settings: ModelSettings, tokenizer: PreTrainedTokenizerBase) -> Template:
-    conversation = settings.conversation
-    return get_template(conversation.template, tokenizer=tokenizer, system=conversation.system)
-
-
 def _vocabulary_rows(language: Path, tokenizer: PreTrainedTokenizerBase) -> int:
     """Rows of the embedding: enough for every token, and a multiple of 64."""
-    for file in weight_files(language):
-        for name, tensor in read_tensors(file):
-            if name == _EMBEDDING:
-                rows = max(tensor.shape[0], len(tokenizer))
-                return -(-rows // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    raise WeightsError(
-        f"{language} holds no tensor {_EMBEDDING}", "its architecture cannot be exported to LLaVA"
-    )
+    table = open_checkpoint(language).get(_EMBEDDING)
+    if table is None:
+        raise WeightsError(
+            f"{language} holds no tensor {_EMBEDDING}", "its architecture cannot be exported to LLaVA"
+        )
+    rows = max(table.shape[0], len(tokenizer))
+    return -(-rows // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def _write_weights(source: Path, target: Path, settings: ModelSettings, rows: int) -> None:
-    files = weight_files(source / "language")
-    config = json.loads((source / "language" / "config.json").read_text(encoding="utf-8"))
-    tied = bool(config.get("tie_word_embeddings", False))
-    writer = ShardWriter(target, len(files) + 1)
-    for file in files:
-        writer.add(dict(_language_tensors(file, rows, tied)))
-    writer.add({**dict(_vision_tensors(source / "vision")), **dict(_projector(source, settings))})
+    tied = bool(read_json(source / "language" / "config.json").get("tie_word_embeddings", False))
+    writer = CheckpointWriter(target)
+    writer.add(_language_tensors(source / "language", rows, tied))
+    writer.flush()
+    writer.add(_vision_tensors(source / "vision"))
+    writer.add(_projector(source, settings))
     writer.finish()
 
 
-def _language_tensors(file: Path, rows: int, tied: bool) -> Iterator[tuple[str, Tensor]]:
-    """One file's tensors by their names in the export. A tied LM head is written out."""
-    for name, tensor in read_tensors(file):
+def _language_tensors(folder: Path, rows: int, tied: bool) -> Iterator[tuple[str, Tensor]]:
+    """The language model's tensors by their names in the export. A tied LM head is written out."""
+    for name, stored in in_file_order(open_checkpoint(folder)):
         if not name.startswith("model.") and name != _HEAD:
             raise WeightsError(
-                f"{file}: unexpected tensor {name}", "its architecture cannot be exported to LLaVA"
+                f"{stored.where}: unexpected tensor", "its architecture cannot be exported to LLaVA"
             )
-        if name == _EMBEDDING and tied:
-            yield f"language_model.{_HEAD}", _padded(tensor, rows).clone()
         if name == _HEAD and tied:
             continue
-        yield f"language_model.{name}", _padded(tensor, rows) if name in (_EMBEDDING, _HEAD) else tensor
+        tensor = stored.load()
+        if name in (_EMBEDDING, _HEAD):
+            tensor = _padded(tensor, rows)
+        if name == _EMBEDDING and tied:
+            yield f"language_model.{_HEAD}", tensor.clone()
+        yield f"language_model.{name}", tensor
 
 
 def _padded(tensor: Tensor, rows: int) -> Tensor:
@@ -250,11 +248,11 @@ def _generation_config(
     A stop string that is no single control token (`###` of v0) has no place in this file.
     """
     file = source / "language" / "generation_config.json"
-    known = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.is_file() else None
+    known = read_json(file).get("eos_token_id") if file.is_file() else None
     ends = {known} if isinstance(known, int) else set(known or ())
     if tokenizer.eos_token_id is not None:
         ends.add(tokenizer.eos_token_id)
-    for stop in _template(settings, tokenizer).stop:
+    for stop in settings.conversation.build(tokenizer).stop:
         ids = tokenizer.encode(stop, add_special_tokens=False)
         if len(ids) == 1 and ids[0] in tokenizer.all_special_ids:
             ends.add(ids[0])

@@ -30,7 +30,7 @@ _FLATTEN = """
     {%- endfor -%}
   {%- endif -%}
   {%- set text = part.texts | join('\\n') -%}
-  {%- set content = (part.images + ([text] if text else [])) | join('\\n') -%}
+  {%- set content = (part.images + ([text] if text else [])) | join(BEHIND_IMAGE) -%}
   {%- if message['role'] == 'system' -%}
     {%- set all.system = content if all.system is none else all.system + '\\n' + content -%}
   {%- else -%}
@@ -97,17 +97,27 @@ _OWN = """
 _BODIES = {"plain": _PLAIN, "v0": _V0, "v1": _V1, "llama_2": _LLAMA_2, "chatml": _CHATML}
 
 
-def chat_template(template: Template, tokenizer: PreTrainedTokenizerBase, system: str | None) -> str:
+def chat_template(
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    system: str | None,
+    image_markers: tuple[str, str] | None = None,
+) -> str:
     """A Jinja chat template that writes conversations down as `template` does.
 
-    `system` is the recipe's own system message, which only the tokenizer's template needs to be told.
+    `system` is the recipe's own system message, which only the tokenizer's template needs to be told;
+    `image_markers` are tokens in front of and behind each image.
 
     Raises:
         WeightsError: there is no Jinja form of the template.
     """
+    before, after = image_markers or ("", "")
+    pad = "" if after else _text_start(tokenizer)
+    flatten = _FLATTEN.replace("'<image>'", json.dumps(f"{before}<image>{after}"))
+    flatten = flatten.replace("BEHIND_IMAGE", json.dumps(f"{pad}\n"))
     if template.name == "tokenizer":
         given = "none" if system is None else json.dumps(system)
-        return (_FLATTEN.replace("DEFAULT_SYSTEM", given) + _OWN).strip() + str(tokenizer.chat_template)
+        return (flatten.replace("DEFAULT_SYSTEM", given) + _OWN).strip() + str(tokenizer.chat_template)
     if template.name not in _BODIES:
         raise WeightsError(
             f'the template "{template.name}" has no Jinja form', "use the Rayva folder as it is"
@@ -116,5 +126,27 @@ def chat_template(template: Template, tokenizer: PreTrainedTokenizerBase, system
     body = body.replace("EOS", json.dumps(template.stop[0]))
     prefix_ids = list(twin_of(tokenizer).prefix_ids) if template.adds_bos else []
     prefix = "".join(tokenizer.convert_ids_to_tokens(prefix_ids))
-    flatten = _FLATTEN.replace("DEFAULT_SYSTEM", json.dumps(template.system))
+    if prefix and template.name != "plain":
+        prefix += _text_start(tokenizer)
+    flatten = flatten.replace("DEFAULT_SYSTEM", json.dumps(template.system))
     return (flatten + "{{- " + json.dumps(prefix) + " -}}" + body).strip()
+
+
+def _text_start(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What has to be written behind a control token for the text there to be encoded as a text's beginning.
+
+    Training encodes the text behind BOS and behind an image so, like the original. SentencePiece
+    tokenizers of the newer kind (`legacy=false`) put their prefix space in front of a whole text only,
+    and not behind a control token: there the space must be written.
+    """
+    if not tokenizer.all_special_tokens:
+        return ""
+    token, probe = tokenizer.all_special_tokens[0], "\na"
+    wanted = [tokenizer.convert_tokens_to_ids(token), *_ids(tokenizer, probe)]
+    if _ids(tokenizer, token + probe) == wanted:
+        return ""
+    return " " if _ids(tokenizer, f"{token} {probe}") == wanted else ""
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False).input_ids)

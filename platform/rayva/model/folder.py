@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -29,6 +29,7 @@ from rayva.model.projector import ProjectorKind, build_projector, load_projector
 from rayva.model.vlm import VisionLanguageModel
 from rayva.text.conversation import Message
 from rayva.text.encode import encode_prompt
+from rayva.text.image_markers import MarkedImages
 from rayva.text.templates import Template, get_template
 from rayva.vision.towers import VisionTower, load_tower
 
@@ -50,10 +51,16 @@ class VisionSettings:
 
 @dataclass(frozen=True, slots=True)
 class ConversationSettings:
-    """The template that stage 2 trained with."""
+    """The template that stage 2 trained with, and the tokens around each image if there are such."""
 
     template: str
     system: str | None
+    image_markers: tuple[str, str] | None = None
+
+    def build(self, tokenizer: PreTrainedTokenizerBase) -> Template:
+        """The template itself."""
+        template = get_template(self.template, tokenizer=tokenizer, system=self.system)
+        return MarkedImages(template, self.image_markers) if self.image_markers else template
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +81,24 @@ class ModelSettings:
                 raise WeightsError(f"{folder} has the format {raw['format']!r}, expected {FORMAT!r}", remedy)
             return cls(
                 vision=VisionSettings(**raw["vision"]),
-                conversation=ConversationSettings(**raw["conversation"]),
+                conversation=_conversation(raw["conversation"]),
                 projector=raw["projector"],
             )
-        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise WeightsError(f"{folder} is not a Rayva model folder: {error}", remedy) from error
 
     def write(self, folder: Path) -> None:
         """Writes `folder`/rayva.json."""
         raw = {"format": FORMAT, **asdict(self)}
         (folder / "rayva.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+
+
+def _conversation(raw: dict[str, Any]) -> ConversationSettings:
+    markers = raw.get("image_markers")
+    if markers is not None:
+        before, after = markers
+        markers = (str(before), str(after))
+    return ConversationSettings(raw["template"], raw["system"], markers)
 
 
 def save_model_folder(
@@ -222,6 +237,5 @@ def load_assistant(
     projector = build_projector(settings.projector, vision.hidden, language.config.hidden_size)
     load_projector(projector, path / "projector.safetensors")
     model = VisionLanguageModel(language, projector.to(dtype)).to(device).eval()
-    conversation = settings.conversation
-    template = get_template(conversation.template, tokenizer=tokenizer, system=conversation.system)
+    template = settings.conversation.build(tokenizer)
     return Assistant(tokenizer, template, tower, model, device, settings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pickle import UnpicklingError
 
 import torch
@@ -43,7 +42,7 @@ def load_language_model(path: str, dtype: torch.dtype, revision: str | None = No
             f"The language model {path!r} lacks weights: {', '.join(missing[:4])} ({len(missing)} in all)",
             "Its weight files do not match its config.json: download or save it again.",
         )
-    _refuse_changed_logits(path, model)
+    refuse_changed_logits(path, model)
     return model
 
 
@@ -51,11 +50,29 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     """Loads the tokenizer of a local folder or hub name; `WeightsError` where that fails."""
     try:
         return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, KeyError, json.JSONDecodeError, ImportError) as error:
+    except Exception as error:  # the tokenizers library raises the base class itself
         raise WeightsError(
             f"The tokenizer of {path!r} cannot be loaded: {_first_line(error)}",
             "The language model's folder must hold its tokenizer files.",
         ) from error
+
+
+def cover_vocabulary(language: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Gives the embedding and the LM head a row for every token; returns how many were missing.
+
+    A new row is the mean of the others, as in the original code, so that its logit is the mean of all
+    logits. A vocabulary that is padded beyond the tokenizer's stays as it is.
+    """
+    rows: int = language.get_input_embeddings().weight.shape[0]
+    missing = len(tokenizer) - rows
+    if missing <= 0:
+        return 0
+    language.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        for module in (language.get_input_embeddings(), language.get_output_embeddings()):
+            weight_VH = module.weight
+            weight_VH[rows:] = weight_VH[:rows].float().mean(dim=0).to(weight_VH.dtype)
+    return missing
 
 
 def eos_token_ids(language: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -70,7 +87,8 @@ def eos_token_ids(language: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
     return tuple(sorted(ids))
 
 
-def _refuse_changed_logits(path: str, model: PreTrainedModel) -> None:
+def refuse_changed_logits(path: str, model: PreTrainedModel) -> None:
+    """Raises `WeightsError` for a model that changes its logits after the LM head."""
     for key, neutral in _LOGIT_CHANGES.items():
         value = getattr(model.config, key, neutral)
         if value not in (neutral, None):

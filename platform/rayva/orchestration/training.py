@@ -35,7 +35,7 @@ from rayva.model.folder import (
     save_model_folder,
     save_projector,
 )
-from rayva.model.language import load_language_model, load_tokenizer
+from rayva.model.language import cover_vocabulary, load_language_model, load_tokenizer
 from rayva.model.projector import build_projector, load_projector
 from rayva.model.vlm import VisionLanguageModel
 from rayva.orchestration.pipeline import StepContext, StepResult
@@ -270,6 +270,7 @@ def _prepare(work: StageWork, device: torch.device) -> _Prepared:
     tokenizer = load_tokenizer(language_path, revision)
     dtype = torch.bfloat16 if stage.precision == "bfloat16" else torch.float32
     language = load_language_model(language_path, dtype, revision)
+    cover_vocabulary(language, tokenizer)
     tower = describe_tower(**_tower_arguments(work))
     settings = ModelSettings(
         vision=VisionSettings(

@@ -1,0 +1,278 @@
+"""The language model of an imported checkpoint: its configuration, its tensors, its tokenizer."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from rayva.errors import WeightsError
+from rayva.model.checkpoint import LazyTensor, Tensors, check_part, in_file_order, read_json
+from rayva.model.language import load_tokenizer, refuse_changed_logits
+from rayva.model.shards import CheckpointWriter, write_json
+from rayva.text.twin import twin_of
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""Any of these makes a folder one of a tokenizer."""
+_COPIED = (
+    *TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+_ORIGINAL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
+"""Model types of the original code, and the language model in each."""
+_MULTIMODAL = (
+    "mm_", "image_", "tune_mm_", "freeze_mm_", "unfreeze_mm_", "use_mm_", "pretrain_mm_", "tokenizer_",
+    "vision_tower", "rayva_", "auto_map", "_name_or_path", "transformers_version", "architectures",
+    "torch_dtype", "dtype", "quantization_config",
+)  # fmt: skip
+"""Beginnings of the config keys that are not the language model's own, or that are written anew."""
+_COUNTS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "max_position_embeddings", "head_dim",
+)  # fmt: skip
+_MOST = 2**31
+_BUFFERS = ("rotary_emb.inv_freq", "position_ids")
+"""Ends of the names of numbers that old checkpoints store and models compute themselves."""
+_REMEDY = "fetch or save the checkpoint again"
+
+
+@dataclass(frozen=True)
+class LanguagePart:
+    """A causal language model, described but not read yet.
+
+    Attributes:
+        config: its config.json, and `config_file`, where that was found.
+        tensors: by their Hugging Face names, as far as the checkpoint has them.
+        where: names the weight files in complaints.
+    """
+
+    config: dict[str, Any]
+    config_file: Path
+    tensors: Tensors
+    where: str
+
+    @property
+    def hidden(self) -> int:
+        """H, the embedding size."""
+        return count(self.config, "hidden_size", self.config_file)
+
+
+def count(config: Mapping[str, Any], key: str, file: Path) -> int:
+    """A positive whole number of a configuration; `WeightsError` where it is none."""
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _MOST:
+        raise WeightsError(f"{file}: {key} is {value!r}, expected a positive whole number", _REMEDY)
+    return value
+
+
+def language_config(raw: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """The language model's own part of a LLaVA's (or of its own) config.json.
+
+    Raises:
+        WeightsError: a model type that there is no language model for, or a size that is none.
+    """
+    kind = raw.get("model_type", "llama")
+    if not isinstance(kind, str):
+        raise WeightsError(f"{file}: model_type is {kind!r}, expected a name", _REMEDY)
+    if kind.startswith("llava") and kind not in _ORIGINAL_TYPES:
+        raise WeightsError(
+            f"{file}: model_type {kind} is none of LLaVA v0 to 1.5 ({', '.join(_ORIGINAL_TYPES)})",
+            "import one of those",
+        )
+    if raw.get("quantization_config"):
+        raise WeightsError(
+            f"{file}: quantization_config: quantized weights cannot be imported", "import the full precision"
+        )
+    own = {key: value for key, value in raw.items() if not key.startswith(_MULTIMODAL)}
+    for key in _COUNTS:
+        if own.get(key) is not None:
+            count(own, key, file)
+    return {**own, "model_type": _ORIGINAL_TYPES.get(kind, kind)}
+
+
+def is_original_type(raw: Mapping[str, Any]) -> bool:
+    """Whether config.json is that of the original code's LLaVA, judged by its keys."""
+    kind = raw.get("model_type")
+    named = isinstance(kind, str) and kind.startswith("llava") and "text_config" not in raw
+    return named or any(key.startswith("mm_") for key in raw)
+
+
+def check_language(part: LanguagePart) -> LanguagePart:
+    """Checks every tensor against the architecture, and drops what the model computes or ties itself.
+
+    Raises:
+        WeightsError: a tensor that is missing, unknown, or of another shape or precision.
+    """
+    model = _skeleton(part)
+    refuse_changed_logits(str(part.config_file), model)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors = {n: t for n, t in part.tensors.items() if n in expected or not n.endswith(_BUFFERS)}
+    if model.config.tie_word_embeddings:
+        head = _name_of(model, model.get_output_embeddings())
+        table = _name_of(model, model.get_input_embeddings())
+        del expected[head]
+        if head in tensors and table in tensors:
+            _require_equal(tensors[head], tensors[table], part.config_file)
+        tensors.pop(head, None)
+    check_part("language model", tensors, expected, part.where, str(part.config_file))
+    dtype = next(iter(tensors.values())).dtype
+    config = {
+        **part.config,
+        "architectures": [type(model).__name__],
+        "dtype": str(dtype).removeprefix("torch."),
+        "tie_word_embeddings": bool(model.config.tie_word_embeddings),
+    }
+    return replace(part, tensors=tensors, config=config)
+
+
+def _skeleton(part: LanguagePart) -> PreTrainedModel:
+    """The model without memory for its weights."""
+    layers = max(
+        [value for key, value in part.config.items() if "layers" in key and isinstance(value, int)],
+        default=0,
+    )
+    experts = max([v for k, v in part.config.items() if "experts" in k and isinstance(v, int)], default=0)
+    if max(layers, experts) > max(len(part.tensors), 1024):
+        raise WeightsError(
+            f"{part.config_file}: num_hidden_layers: {max(layers, experts)} layers or experts, "
+            f"but {part.where} holds {len(part.tensors)} tensors",
+            _REMEDY,
+        )
+    try:
+        settings = {key: value for key, value in part.config.items() if key != "model_type"}
+        config = AutoConfig.for_model(part.config["model_type"], **settings)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # the library's checks, and what they overlook, fail in many ways
+        raise WeightsError(
+            f"{part.config_file} describes no language model that can be built: {first_line(error)}",
+            "the file must be the config.json of a causal language model that transformers knows",
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, short."""
+    return " ".join((str(error).strip() or type(error).__name__).split())[:300]
+
+
+def _name_of(model: PreTrainedModel, module: torch.nn.Module) -> str:
+    name: str = next(name for name, found in model.named_modules() if found is module)
+    return f"{name}.weight"
+
+
+def _require_equal(head: LazyTensor, table: LazyTensor, config_file: Path) -> None:
+    if head.shape != table.shape or not torch.equal(head.load(), table.load()):
+        raise WeightsError(
+            f"{head.where} differs from {table.key}, though {config_file} says tie_word_embeddings",
+            "set tie_word_embeddings to what the weights are",
+        )
+
+
+def find_tokenizer(*folders: Path | None) -> Path:
+    """The first of `folders` that holds a tokenizer; `WeightsError` where none does."""
+    given = [folder for folder in folders if folder is not None]
+    for folder in given:
+        if any((folder / name).is_file() for name in TOKENIZER_FILES):
+            return folder
+    raise WeightsError(
+        f"no tokenizer in {' or '.join(str(folder) for folder in given)} (none of "
+        f"{', '.join(TOKENIZER_FILES)})",
+        "name its folder with --tokenizer",
+    )
+
+
+def write_tokenizer(source: Path, target: Path, added: tuple[str, ...] = ()) -> PreTrainedTokenizerBase:
+    """Copies a tokenizer's files, adds control tokens that it lacks, and proves that it loads."""
+    copied = [name for name in _COPIED if (source / name).is_file()]
+    for name in copied:
+        if name.endswith(".json"):
+            read_json(source / name)
+        shutil.copyfile(source / name, target / name)
+    try:
+        tokenizer = load_tokenizer(str(target))
+        twin_of(tokenizer)
+    except WeightsError as error:
+        raise WeightsError(
+            f"{source}: {', '.join(copied)} are no tokenizer: {error.what.replace(str(target), str(source))}",
+            "fetch the tokenizer again, or name another one's folder with --tokenizer",
+        ) from error
+    missing = [token for token in added if token not in tokenizer.get_vocab()]
+    if missing:
+        tokenizer.add_tokens(missing, special_tokens=True)
+        tokenizer.save_pretrained(target)
+    return tokenizer
+
+
+def write_language(
+    part: LanguagePart, target: Path, tokenizer: PreTrainedTokenizerBase, generation: Mapping[str, Any]
+) -> None:
+    """Writes config.json, generation_config.json and the weights.
+
+    Raises:
+        WeightsError: the tokenizer has more tokens than the embedding has rows.
+    """
+    rows = count(part.config, "vocab_size", part.config_file)
+    if len(tokenizer) > rows:
+        raise WeightsError(
+            f"{part.config_file}: vocab_size is {rows}, but the tokenizer has {len(tokenizer)} tokens",
+            "give the tokenizer that the model was trained with (--tokenizer)",
+        )
+    write_json(target / "config.json", part.config)
+    write_json(target / "generation_config.json", _end_tokens(part, generation, rows))
+    writer = CheckpointWriter(target)
+    for name, tensor in in_file_order(part.tensors):
+        writer.add({name: tensor.load()})
+    writer.finish()
+
+
+def generation_settings(*folders: Path | None) -> dict[str, Any]:
+    """generation_config.json of the first folder that has one."""
+    for folder in folders:
+        if folder is not None and (folder / "generation_config.json").is_file():
+            return read_json(folder / "generation_config.json")
+    return {}
+
+
+def _end_tokens(part: LanguagePart, generation: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """Where answers begin and end; sampling defaults of the checkpoint are the caller's affair."""
+    found: dict[str, Any] = {}
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = generation.get(key, part.config.get(key))
+        ids = value if isinstance(value, list) else [value]
+        if ids and all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < rows for i in ids):
+            found[key] = value
+    return found
+
+
+def append_rows(part: LanguagePart, rows: int, embedding_RH: Tensor | None) -> LanguagePart:
+    """The model with `rows` more tokens.
+
+    Their embeddings are the last `rows` of `embedding_RH` [R, H], or else the mean of the others; their
+    rows of the LM head are the mean of the others, as in the original code.
+    """
+    tensors = dict(part.tensors)
+    before = count(part.config, "vocab_size", part.config_file)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in tensors:
+            given = embedding_RH if name == "model.embed_tokens.weight" else None
+            tensors[name] = _with_rows(tensors[name], rows, given)
+    config = {**part.config, "vocab_size": before + rows}
+    return replace(part, tensors=tensors, config=config)
+
+
+def _with_rows(tensor: LazyTensor, rows: int, given_RH: Tensor | None) -> LazyTensor:
+    def read() -> Tensor:
+        weight_VH = tensor.load()
+        new_RH = weight_VH.float().mean(dim=0, keepdim=True).expand(rows, -1)
+        if given_RH is not None:
+            new_RH = given_RH[-rows:]
+        return torch.cat([weight_VH, new_RH.to(weight_VH.dtype)])
+
+    shape = (tensor.shape[0] + rows, *tensor.shape[1:])
+    return replace(tensor, read=read, shape=shape)

@@ -1,0 +1,103 @@
+"""Vocabularies that the tokenizer outgrew or that are padded, and chat templates of every tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from rayva.model.export_hf_chat import chat_template
+from rayva.model.language import cover_vocabulary
+from rayva.text.conversation import Message
+from rayva.text.encode import IMAGE_TOKEN_INDEX, encode_prompt
+from rayva.text.templates import get_template
+from tests.export.test_hf import CONVERSATIONS, public_form
+from tests.export.tiny_model import make_tokenizer
+
+GOLDEN = Path(__file__).resolve().parents[3] / "shared/golden/tokenizer"
+LANGUAGES: dict[str, tuple[Any, Any, bool]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, False),
+    "mistral": (MistralConfig, MistralForCausalLM, False),
+    "qwen2, tied": (Qwen2Config, Qwen2ForCausalLM, True),
+}
+
+
+def language(name: str, rows: int) -> PreTrainedModel:
+    make_config, make_model, tied = LANGUAGES[name]
+    torch.manual_seed(0)
+    config = make_config(
+        vocab_size=rows, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=tied, initializer_range=0.2,
+    )  # fmt: skip
+    return make_model(config).eval()
+
+
+@pytest.mark.parametrize("name", LANGUAGES)
+def test_a_tokenizer_that_outgrew_the_embedding(name: str) -> None:
+    tokenizer = make_tokenizer()
+    rows = len(tokenizer)
+    model = language(name, rows)
+    ids = torch.tensor([[1, 5, 9, 30]])
+    before = model(input_ids=ids).logits
+    tokenizer.add_tokens(["<one>", "<two>", "<three>"], special_tokens=True)
+    assert cover_vocabulary(model, tokenizer) == 3
+    assert model.config.vocab_size == len(tokenizer) == rows + 3
+    after = model(input_ids=ids).logits
+    assert torch.equal(after[..., :rows], before)
+    mean = before.mean(dim=-1, keepdim=True).expand(-1, -1, 3)
+    torch.testing.assert_close(after[..., rows:], mean, rtol=1e-4, atol=1e-5)
+    assert model(input_ids=torch.tensor([[rows + 2]])).logits.isfinite().all()
+    assert cover_vocabulary(model, tokenizer) == 0
+
+
+def test_a_padded_vocabulary_stays_as_it_is() -> None:
+    tokenizer = make_tokenizer()
+    model = language("qwen2, tied", len(tokenizer) + 37)
+    before = model.get_input_embeddings().weight
+    assert cover_vocabulary(model, tokenizer) == 0
+    assert model.get_input_embeddings().weight is before
+
+
+def sentencepiece(folder: Path, legacy: bool) -> PreTrainedTokenizerBase:
+    """The golden SentencePiece vocabulary, as the original's (legacy) or the newer kind of tokenizer."""
+    (folder / "tokenizer.model").write_bytes((GOLDEN / "tokenizer.model").read_bytes())
+    settings = {
+        "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+        "add_bos_token": True, "add_eos_token": False, "legacy": legacy,
+    }  # fmt: skip
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.skipif(not GOLDEN.exists(), reason="the original's tokenizer is not at ../shared")
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("name", ["v0", "v1", "llama_2"])
+def test_chat_templates_with_sentencepiece(name: str, legacy: bool, tmp_path: Path) -> None:
+    """Other programs encode a rendered conversation as training does, token by token."""
+    tokenizer, other = (sentencepiece(tmp_path, legacy) for _ in range(2))
+    template = get_template(name, tokenizer=tokenizer)
+    other.chat_template = chat_template(template, tokenizer, None)
+    other.add_tokens(["<image>"], special_tokens=True)
+    image = other.convert_tokens_to_ids("<image>")
+    for what, conversation in CONVERSATIONS.items():
+        messages = [Message(role, content) for role, content in conversation]
+        text = other.apply_chat_template(
+            [public_form(message) for message in messages], add_generation_prompt=True, tokenize=False
+        )
+        found = other(text, add_special_tokens=False).input_ids
+        found = [IMAGE_TOKEN_INDEX if token == image else token for token in found]
+        assert found == encode_prompt(messages, template, tokenizer), what
