@@ -8,6 +8,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "recipe": ("rayva.commands.recipe", "print a recipe, resolved"),
     "chat": ("rayva.commands.chat", "ask a model about a picture"),
     "inspect": ("rayva.commands.inspect", "show how the rows of a LLaVA JSON file are seen in training"),
+    "score": ("rayva.commands.score", "score files of predictions or reviews, as JSON"),
     "export": ("rayva.commands.export", "write a model folder in another format"),
 }
 """Module and one line of help, by the command's name."""
