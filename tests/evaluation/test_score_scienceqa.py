@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ def data(tmp_path: Path) -> dict[str, Path]:
 def test_the_published_predictions_of_llava_13b() -> None:
     found = figures(
         "score", "scienceqa", "--problems", SCIENCEQA / "problems_test_partial.json",
-        "--splits", SCIENCEQA / "pid_splits.json", "--predictions", SCIENCEQA / "llava_13b_v0_predictions.json",
+        "--splits", SCIENCEQA / "pid_splits.json",
+        "--predictions", SCIENCEQA / "llava_13b_v0_predictions.json",
     )  # fmt: skip
     parsed, stored = found["from_outputs"], found["from_indices"]
     assert (parsed["correct"], parsed["count"], parsed["unparsable"]) == (3855, 4241, 1)
@@ -209,7 +211,7 @@ def test_files_that_cannot_be_scored_are_refused(
     data: dict[str, Path], written: object, message: str
 ) -> None:
     file = write(data["folder"] / "bad.json", written)
-    parser = __import__("argparse").ArgumentParser()
+    parser = argparse.ArgumentParser()
     score.add_arguments(parser)
     options = parser.parse_args(
         ["scienceqa", "--problems", str(data["problems"]), "--splits", str(data["splits"]),
