@@ -39,6 +39,8 @@ class Item:
         question_id: what several items of one question share (the three conditions of grounding).
         messages: the conversation up to the question; its image slots are filled by `pictures` in order.
         facts: what scoring and reports need, as JSON data.
+        then: what is put behind the first answer for the model to go on from, where the answer does not
+            hold it already (the two-step prompt of ScienceQA's QCM-LEPA).
     """
 
     item_id: str
@@ -46,6 +48,7 @@ class Item:
     messages: tuple[Message, ...]
     pictures: tuple[Picture, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    then: str = ""
 
     @property
     def prompt(self) -> str:

@@ -188,7 +188,9 @@ class ScienceQA:
             uri = join(folder, f"{given.split}/{problem.problem_id}/{problem.image}")
             pictures = [Picture(f"{problem.problem_id}/{problem.image}", uri)]
         message = ask(question_text(problem, given.format), len(pictures), given.image_position)
-        return Item(problem.problem_id, problem.problem_id, (message,), tuple(pictures))
+        # A model trained on QCM-LEPA with the separator ### stops before "ANSWER:", and is asked to go on.
+        then = "\n###\nANSWER:" if given.format == "QCM-LEPA" else ""
+        return Item(problem.problem_id, problem.problem_id, (message,), tuple(pictures), then=then)
 
     def score(self, items: Sequence[Item], answers: Mapping[str, str]) -> Result:
         """See `Task.score`."""
