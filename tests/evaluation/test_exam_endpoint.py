@@ -197,6 +197,38 @@ def test_the_judge_in_both_orders_and_several_runs(tmp_path: Path) -> None:
     assert (swapped["order"], swapped["content"][:4], swapped["tuple"]) == ("candidate_first", "6, 8", [8, 6])
 
 
+def test_scienceqa_with_a_second_model_and_a_judge(tmp_path: Path) -> None:
+    data = make_scienceqa(tmp_path / "sqa")  # the right answers are A B C A B C
+    second = tmp_path / "second.json"
+    second.write_text(json.dumps({str(n): f"The answer is {'ABCBAA'[n]}." for n in range(6)}))
+    out = tmp_path / "out"
+
+    def decide(_: int, body: dict[str, Any]) -> str:
+        return "Neither." if "number 3?" in question_of(body) else "The answer is C."
+
+    with ChatServer(lambda *_: "The answer is A.") as model, ChatServer(decide) as judge:
+        command = [
+            "--endpoint", model.url, "--endpoint-model", "m", "--tasks", "scienceqa", "--out", out,
+            f"scienceqa.folder={data}", f"scienceqa.second={second}",
+        ]  # fmt: skip
+        done = evaluate(*command)
+        assert json.loads(done.stdout)["scienceqa"]["ensemble"]["correct"] == 3
+        judged = [*command, "scienceqa.ensemble=judge", "--judge-url", judge.url, "--judge-model", "j"]
+        found = json.loads(evaluate(*judged).stdout)["scienceqa"]["ensemble"]
+        assert (len(model.calls), len(judge.calls)) == (6, 3)  # they differ on 1, 2 and 3
+        assert (found["correct"], found["differ"], found["judge_unparsable"]) == (3, 3, 1)
+        arguments = [
+            "score", "scienceqa", "--problems", data / "problems.json", "--splits", data / "pid_splits.json",
+            "--predictions", out / "scienceqa" / "answers.jsonl", "--second", second, "--ensemble", "judge",
+        ]  # fmt: skip
+        kept = figures(*arguments, "--judged", out / "scienceqa" / "judged.jsonl")
+        assert kept["ensemble"] == found
+        live = ["--judge-url", judge.url, "--judge-model", "j", "--judge-temperature", 0.2]
+        asked = figures(*arguments, *live, "--judge-out", out)
+        assert asked["ensemble"] == found
+        assert len(judge.calls) == 3  # kept from before
+
+
 def test_the_prompt_has_the_original_layout(tmp_path: Path) -> None:
     data = make_llava_bench(tmp_path / "bench")
     rules = tmp_path / "rule.json"

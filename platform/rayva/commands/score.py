@@ -18,6 +18,7 @@ from rayva.evaluation.reading import as_id, as_object, as_text, read_document, r
 from rayva.evaluation.reviews import read_reviews, score_reviews
 from rayva.evaluation.tasks import pope, scienceqa, scienceqa_ensemble, vqa
 from rayva.progress import say
+from rayva.storage import Storage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +57,19 @@ def _scienceqa_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--judged", metavar="FILE", help="the judge's answers where the two models differ, for judge"
     )
+    _judge_arguments(parser)
+
+
+def _judge_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--judge-url", metavar="URL", help="ask a judge now, at this endpoint")
+    parser.add_argument("--judge-model", metavar="NAME")
+    parser.add_argument(
+        "--judge-key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable of its key"
+    )
+    parser.add_argument("--judge-temperature", type=float, default=0.0, help="default: 0")
+    parser.add_argument(
+        "--judge-out", metavar="FOLDER", help="keeps its answers; asked again, nothing is paid twice"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -83,7 +97,26 @@ def _scienceqa(options: argparse.Namespace) -> dict[str, Any]:
     if options.ensemble == "complement":
         return figures | {"ensemble": scienceqa_ensemble.complement(problems, first, second)}
     verdicts = read_predictions(options.judged, "--judged") if options.judged else None
+    if options.judge_url is not None:
+        verdicts = _verdicts(options, problems, first, second)
     return figures | {"ensemble": scienceqa_ensemble.judged(problems, first, second, verdicts)}
+
+
+def _verdicts(
+    options: argparse.Namespace,
+    problems: list[scienceqa.Problem],
+    first: Predictions,
+    second: Predictions,
+) -> Predictions:
+    """Asks the judge where the two models differ."""
+    if options.judge_model is None or options.judge_out is None:
+        raise DataError("a judge takes more", "give --judge-url, --judge-model and --judge-out together")
+    from rayva.evaluation.chat import ChatModel, endpoint
+    from rayva.evaluation.judge import Judge, decide
+
+    place = endpoint(options.judge_url, options.judge_key_env, concurrency=8)
+    judge = Judge(ChatModel(options.judge_model, place), options.judge_temperature)
+    return decide(problems, first, second, judge, Storage(options.judge_out), "scienceqa")
 
 
 def _llava_bench(options: argparse.Namespace) -> dict[str, Any]:

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayva.evaluation.chat import ChatModel
+from rayva.evaluation.predictions import Predictions
 from rayva.evaluation.records import lines
 from rayva.evaluation.reviews import FAILED, Compat, parse_scores, read_reviews, score_reviews
 from rayva.evaluation.rules import SYSTEM
 from rayva.evaluation.tasks.base import Result, Scored
 from rayva.evaluation.tasks.llava_bench import LlavaBench, ReviewRequest
+from rayva.evaluation.tasks.scienceqa import Problem
+from rayva.evaluation.tasks.scienceqa_ensemble import JUDGE_SYSTEM, disagreements, judge_prompt
 from rayva.llm.cache import AnswerCache
 from rayva.llm.request import ChatAnswer, ChatRequest, Sampling
 from rayva.progress import Progress
@@ -88,6 +91,46 @@ def _call(request: ReviewRequest, run: int, judge: Judge) -> ChatRequest:
     messages = ({"role": "system", "content": SYSTEM}, {"role": "user", "content": request.prompt})
     sampling = Sampling(temperature=judge.temperature, max_tokens=judge.max_tokens)
     return ChatRequest(judge.model.model, messages, sampling, attempt=run - 1)
+
+
+def decide(
+    problems: Sequence[Problem],
+    first: Predictions,
+    second: Predictions,
+    judge: Judge,
+    storage: Storage,
+    folder: str,
+) -> Predictions:
+    """Asks the judge about the ScienceQA questions on which two models differ.
+
+    Its answers are written to `folder`/judged.jsonl, which `rayva score scienceqa --judged` reads.
+
+    Raises:
+        ServingError: the judge cannot be asked; what it has answered is kept.
+    """
+    sampling = Sampling(temperature=judge.temperature, max_tokens=judge.max_tokens)
+    calls = {}
+    for problem in disagreements(problems, first, second):
+        said = [given.outputs.get(problem.problem_id, "") for given in (first, second)]
+        system = {"role": "system", "content": JUDGE_SYSTEM}
+        user = {"role": "user", "content": judge_prompt(problem, *said)}
+        calls[problem.problem_id] = ChatRequest(judge.model.model, (system, user), sampling)
+    replies = _ask(judge.model, list(calls.values()), AnswerCache(storage, f"{folder}/{_KEPT}"))
+    rows = [
+        {
+            "question_id": problem_id,
+            "text": reply.text,
+            "judge": judge.model.model,
+            "answered_by": reply.model,
+            "temperature": judge.temperature,
+            "max_tokens": judge.max_tokens,
+            "prompt_digest": call.prompt_digest,
+        }
+        for problem_id, call in calls.items()
+        if not isinstance(reply := replies[call.digest], str)
+    ]
+    storage.write_bytes(f"{folder}/judged.jsonl", lines(rows))
+    return Predictions(f"{folder}/judged.jsonl", {str(row["question_id"]): str(row["text"]) for row in rows})
 
 
 def _ask(model: ChatModel, calls: Sequence[ChatRequest], cache: AnswerCache) -> dict[str, ChatAnswer | str]:

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +49,12 @@ class Predictions:
     def ids(self) -> list[str]:
         """Ids of all answered questions."""
         return list(self.outputs or self.indices or {})
+
+    def only(self, ids: Container[str]) -> Predictions:
+        """The predictions of some questions."""
+        outputs = {key: text for key, text in self.outputs.items() if key in ids}
+        indices = self.indices and {key: index for key, index in self.indices.items() if key in ids}
+        return Predictions(self.path, outputs, indices)
 
 
 def read_predictions(path: str, what: str = "--predictions") -> Predictions:

@@ -6,7 +6,6 @@ original writes [-1, -1] and averages that in, which `compat="original"` reprodu
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,8 @@ from rayva.evaluation.reading import as_id, as_number, as_object, as_text, read_
 from rayva.evaluation.tasks.base import PRECISION, Result, Scored
 
 FAILED = (-1.0, -1.0)
+_LARGEST = 1000.0
+"""Scores go to 10, or perhaps to 100; a larger number is a mistake and no score."""
 Compat = Literal["none", "original"]
 _CATEGORIES = {1: "conv", 2: "detail", 3: "complex"}
 _REMEDY = "give JSON Lines of reviews with `tuple` or `score` (two numbers); see docs/evaluate.md"
@@ -41,7 +42,7 @@ class Review:
 def parse_scores(content: str) -> tuple[float, float]:
     """The two scores in a review's first line, by the original's rule: separated by a space or a comma.
 
-    `FAILED` where the line is anything else, or a number is negative or not finite.
+    `FAILED` where the line is anything else, or a number cannot be a score.
     """
     first = content.split("\n")[0].replace(",", " ").split()
     if len(first) != 2:
@@ -50,7 +51,7 @@ def parse_scores(content: str) -> tuple[float, float]:
         scores = float(first[0]), float(first[1])
     except ValueError:
         return FAILED
-    return scores if all(math.isfinite(score) and score >= 0 for score in scores) else FAILED
+    return scores if all(0 <= score <= _LARGEST for score in scores) else FAILED
 
 
 def read_reviews(path: str, candidate: Literal[1, 2] = 2) -> list[Review]:
@@ -107,6 +108,8 @@ def _pair(value: object, where: str) -> tuple[float, float]:
     if not isinstance(value, list) or len(value) != 2:
         raise DataError(f"{where}: expected two scores, found {shown(value)}", _REMEDY)
     first, second = (as_number(part, where) for part in value)
+    if max(first, second) > _LARGEST:
+        raise DataError(f"{where}: {shown(value)} are no scores", _REMEDY)
     return (first, second) if first >= 0 and second >= 0 else FAILED
 
 

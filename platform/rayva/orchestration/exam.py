@@ -14,11 +14,14 @@ from rayva.evaluation.answers import Answered, AnswerStore, Asked, Sampled, aske
 from rayva.evaluation.chat import ChatModel
 from rayva.evaluation.comparison import as_json, compare
 from rayva.evaluation.comparison_report import load_pictures, render
-from rayva.evaluation.judge import Judge, review
+from rayva.evaluation.judge import Judge, decide, review
+from rayva.evaluation.predictions import Predictions, read_predictions
 from rayva.evaluation.records import EVALUATION, lines, read_run, write_result
 from rayva.evaluation.reviews import Compat
 from rayva.evaluation.tasks.base import Item, Picture, Result, Task, prompt_rows
 from rayva.evaluation.tasks.llava_bench import LlavaBench
+from rayva.evaluation.tasks.scienceqa import ScienceQA
+from rayva.evaluation.tasks.scienceqa_ensemble import complement, judged
 from rayva.llm.request import ChatAnswer, ChatRequest, Sampling
 from rayva.lock import JobLock
 from rayva.orchestration.answering import Replicas
@@ -280,7 +283,26 @@ def _result(
         return Result({"task": task.name, "questions": len(items), "missing": len(items)}, [])
     if exam.judge is not None and task.name == LlavaBench.name:
         return review(cast(LlavaBench, task), texts, exam.judge, storage, exam.compat)
-    return task.score(asked_items, texts)
+    result = task.score(asked_items, texts)
+    if isinstance(task, ScienceQA) and task.settings.second is not None:
+        result.figures["ensemble"] = _ensemble(task, asked_items, texts, exam, storage)
+    return result
+
+
+def _ensemble(
+    task: ScienceQA, items: Sequence[Item], texts: Mapping[str, str], exam: Exam, storage: Storage
+) -> dict[str, Any]:
+    """ScienceQA together with a second model's predictions, of the questions that were asked."""
+    ids = {item.item_id for item in items}
+    problems = [problem for problem in task.problems() if problem.problem_id in ids]
+    first = Predictions("the answers", dict(texts))
+    second = read_predictions(str(task.settings.second), "scienceqa.second").only(ids)
+    if task.settings.ensemble == "complement":
+        return complement(problems, first, second)
+    verdicts = None
+    if exam.judge is not None:
+        verdicts = decide(problems, first, second, exam.judge, storage, task.name)
+    return judged(problems, first, second, verdicts)
 
 
 def _answer_rows(items: Sequence[Item], given: Mapping[str, Answered], exam: Exam) -> list[dict[str, Any]]:

@@ -154,7 +154,7 @@ def match_answers(
         DataError: rows and labels do not belong together.
     """
     keys = {question.key for questions in labels.values() for question in questions}
-    if all(isinstance(row, dict) and row.get("question_id") in keys for row in rows):  # our own answers
+    if all(isinstance(row, dict) and str(row.get("question_id")) in keys for row in rows):  # our own answers
         named = ((str(row["question_id"]), row_text(row, path)) for row in rows)
         return unique(named, path)
     by_category: dict[str, list[tuple[str | None, str]]] = defaultdict(list)

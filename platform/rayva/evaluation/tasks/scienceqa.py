@@ -157,6 +157,9 @@ class ScienceQASettings(TaskSettings):
     image_position: Literal["front", "end"] = "front"
     """`end` is the data's own order (input, then image); LLaVA 1.0 and later move it to the front."""
     max_new_tokens: int = 1024
+    second: str | None = None
+    """Predictions of a second model, for an ensemble with it."""
+    ensemble: Literal["complement", "judge"] = "complement"
 
 
 class ScienceQA:
