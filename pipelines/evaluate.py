@@ -1,8 +1,8 @@
-"""Runs the step `evaluate`, after what it depends on. `--help` tells the rest."""
+"""Evaluates a model on tasks; or runs the step `evaluate` of a recipe's run. `--help` tells the rest."""
 
 import _bootstrap  # noqa: F401  (makes rayva importable)
 
-from rayva.orchestration.entry import main
+from rayva.orchestration.exam_entry import main
 
 if __name__ == "__main__":
-    raise SystemExit(main(only="evaluate"))
+    raise SystemExit(main())

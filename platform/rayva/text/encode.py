@@ -66,6 +66,19 @@ def encode_prompt(
     return _encode(template.generation(messages), twin_of(tokenizer), template.adds_bos)[0]
 
 
+def encode_begun(
+    messages: Sequence[Message], begun: str, template: Template, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """Ids of a conversation in which the assistant has already said `begun` and is to go on.
+
+    Raises: as `encode_prompt`.
+    """
+    template.generation(messages)  # refuses what cannot be answered
+    segments = template.training([*messages, Message("assistant", (begun,))])
+    last = max(index for index, segment in enumerate(segments) if segment.kind == "content")
+    return _encode(segments[: last + 1], twin_of(tokenizer), template.adds_bos)[0]
+
+
 def _readable(segment: Segment, twin: TokenizerTwin) -> str:
     if segment.kind == "image":
         return IMAGE_PLACEHOLDER
