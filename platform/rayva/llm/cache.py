@@ -12,6 +12,7 @@ import json
 import os
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -37,6 +38,7 @@ class AnswerCache:
         self._own = f"{int(time.time() * 1000):013d}-{uuid.uuid4().hex[:8]}"
         self._descriptor: int | None = None
         self._objects: list[str] = []
+        self._written = 0
         storage.makedirs(folder)
         for name in storage.list(folder):
             if name.endswith(".jsonl"):
@@ -44,6 +46,10 @@ class AnswerCache:
 
     def __len__(self) -> int:
         return len(self._answers)
+
+    def answers(self) -> Iterator[ChatAnswer]:
+        """All answers, in no particular order."""
+        return (ChatAnswer(**row["answer"]) for row in self._answers.values())
 
     def get(self, request: ChatRequest) -> ChatAnswer | None:
         """The answer to `request`, or None if it has not been asked."""
@@ -72,7 +78,7 @@ class AnswerCache:
             self._descriptor = None
         if len(self._objects) > 1:
             merged = b"".join(self._storage.read_bytes(name) for name in self._objects)
-            self._storage.write_bytes(f"{self._folder}/{self._own}-merged.jsonl", merged)
+            self._storage.write_bytes(self._next_object(), merged)
             for name in self._objects:
                 self._storage.delete(name)
         self._objects = []
@@ -95,7 +101,7 @@ class AnswerCache:
 
     def _write(self, lines: bytes) -> None:
         if not self._storage.is_local:
-            name = f"{self._folder}/{self._own}-{len(self._objects):06d}.jsonl"
+            name = self._next_object()
             self._storage.write_bytes(name, lines)
             self._objects.append(name)
             return
@@ -108,6 +114,10 @@ class AnswerCache:
             while view:
                 view = view[os.write(self._descriptor, view) :]
             os.fdatasync(self._descriptor)
+
+    def _next_object(self) -> str:
+        self._written += 1
+        return f"{self._folder}/{self._own}-{self._written:06d}.jsonl"
 
     def _read(self, rel: str) -> None:
         lines = self._storage.read_bytes(rel).split(b"\n")
@@ -130,7 +140,6 @@ def _row(request: ChatRequest, answer: ChatAnswer) -> dict[str, Any]:
         "prompt_digest": request.prompt_digest,
         "sampling": asdict(request.sampling),
         "attempt": request.attempt,
-        "time": round(time.time(), 3),
         "answer": asdict(answer),
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -63,7 +64,10 @@ class ChatRequest:
 
 @dataclass(frozen=True)
 class ChatAnswer:
-    """An answer; token counts are the endpoint's own, or estimates where it tells none."""
+    """An answer; token counts are the endpoint's own, or estimates where it tells none.
+
+    `seconds` is how long the call took, `created` when it ended (seconds since the epoch).
+    """
 
     text: str
     finish_reason: str | None
@@ -71,6 +75,7 @@ class ChatAnswer:
     completion_tokens: int
     model: str
     seconds: float
+    created: float = 0.0
     cached: bool = False
 
 
@@ -115,6 +120,7 @@ def read_completion(body: object, request: ChatRequest, seconds: float) -> ChatA
             completion_tokens=int(usage.get("completion_tokens") or len(text.encode()) // 4 + 1),
             model=str(body.get("model") or request.model),
             seconds=seconds,
+            created=time.time(),
         )
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise PassingError(f"the answer has not the form of a chat completion: {error!r}") from error
