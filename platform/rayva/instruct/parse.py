@@ -27,7 +27,7 @@ _ROLE = re.compile(
 _LABEL_INSIDE = re.compile(
     r"^[ \t#*_]*(?:question|answer)(?:[ \t]*\d{1,2})?[ \t*_]*:", re.IGNORECASE | re.MULTILINE
 )
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffd]")
 _IMAGE = re.compile(r"<\s*image\s*>", re.IGNORECASE)
 
 
@@ -62,8 +62,8 @@ def parse(kind: Kind, text: str, finish_reason: str | None = "stop") -> list[Pai
         raise Rejected("empty")
     if finish_reason in ("length", "content_filter"):
         raise Rejected("cut", f"finish_reason is {finish_reason}")
-    if _CONTROL.search(text) or _IMAGE.search(text) or any("\ud800" <= c <= "\udfff" for c in text):
-        raise Rejected("invalid_text", "control characters, surrogates or an image mark")
+    if _CONTROL.search(text) or _IMAGE.search(text):
+        raise Rejected("invalid_text", "control or damaged characters, or an image mark")
     if kind == "detail":
         return [Pair("", _plain(text))]
     pairs = _pairs(text)

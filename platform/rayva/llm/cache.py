@@ -33,6 +33,7 @@ class AnswerCache:
     def __init__(self, storage: Storage, folder: str = "answers") -> None:
         self._storage, self._folder = storage, folder
         self._answers: dict[str, dict[str, Any]] = {}
+        self._lost: list[dict[str, Any]] = []
         self._waiting: list[tuple[dict[str, Any], asyncio.Future[None]]] = []
         self._writer: asyncio.Task[None] | None = None
         self._own = f"{int(time.time() * 1000):013d}-{uuid.uuid4().hex[:8]}"
@@ -48,8 +49,8 @@ class AnswerCache:
         return len(self._answers)
 
     def answers(self) -> Iterator[ChatAnswer]:
-        """All answers, in no particular order."""
-        return (ChatAnswer(**row["answer"]) for row in self._answers.values())
+        """All that may have been paid for: answers, and those that were lost at their worst case."""
+        return (ChatAnswer(**row["answer"]) for row in (*self._answers.values(), *self._lost))
 
     def get(self, request: ChatRequest) -> ChatAnswer | None:
         """The answer to `request`, or None if it has not been asked."""
@@ -58,7 +59,16 @@ class AnswerCache:
 
     async def put(self, request: ChatRequest, answer: ChatAnswer) -> None:
         """Keeps an answer; returns when it is on the storage. Many at once are written together."""
-        row = _row(request, answer)
+        await self._put(_row(request, answer))
+
+    async def put_lost(self, request: ChatRequest) -> None:
+        """Keeps in mind that a call broke off which may have to be paid for: a budget must count it."""
+        most = ChatAnswer(
+            "", None, request.most_prompt_tokens(), request.sampling.max_tokens, request.model, 0.0
+        )
+        await self._put({**_row(request, most), "lost": True})
+
+    async def _put(self, row: dict[str, Any]) -> None:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((row, done))
         if self._writer is None or self._writer.done():
@@ -70,6 +80,12 @@ class AnswerCache:
         row = _row(request, answer)
         self._write(_lines([row]))
         self._answers[row["digest"]] = row
+
+    def _learn(self, row: dict[str, Any]) -> None:
+        if row.get("lost"):
+            self._lost.append(row)
+        else:
+            self._answers[row["digest"]] = row
 
     def close(self) -> None:
         """Ends writing and merges the objects of this process into one."""
@@ -95,7 +111,7 @@ class AnswerCache:
                         done.set_exception(error)
                 continue
             for row, done in group:
-                self._answers[row["digest"]] = row
+                self._learn(row)
                 if not done.cancelled():
                     done.set_result(None)
 
@@ -126,7 +142,7 @@ class AnswerCache:
             try:
                 row = json.loads(line)
                 ChatAnswer(**row["answer"])
-                self._answers[row["digest"]] = row
+                self._learn(row)
             except (ValueError, KeyError, TypeError) as error:
                 raise StorageError(
                     f"{self._storage.uri(rel)} is damaged in line {number}: {error}.",
