@@ -12,6 +12,7 @@ import json
 import os
 import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -32,11 +33,13 @@ class AnswerCache:
     def __init__(self, storage: Storage, folder: str = "answers") -> None:
         self._storage, self._folder = storage, folder
         self._answers: dict[str, dict[str, Any]] = {}
+        self._lost: list[dict[str, Any]] = []
         self._waiting: list[tuple[dict[str, Any], asyncio.Future[None]]] = []
         self._writer: asyncio.Task[None] | None = None
         self._own = f"{int(time.time() * 1000):013d}-{uuid.uuid4().hex[:8]}"
         self._descriptor: int | None = None
         self._objects: list[str] = []
+        self._written = 0
         storage.makedirs(folder)
         for name in storage.list(folder):
             if name.endswith(".jsonl"):
@@ -45,6 +48,10 @@ class AnswerCache:
     def __len__(self) -> int:
         return len(self._answers)
 
+    def answers(self) -> Iterator[ChatAnswer]:
+        """All that may have been paid for: answers, and those that were lost at their worst case."""
+        return (ChatAnswer(**row["answer"]) for row in (*self._answers.values(), *self._lost))
+
     def get(self, request: ChatRequest) -> ChatAnswer | None:
         """The answer to `request`, or None if it has not been asked."""
         row = self._answers.get(request.digest)
@@ -52,7 +59,16 @@ class AnswerCache:
 
     async def put(self, request: ChatRequest, answer: ChatAnswer) -> None:
         """Keeps an answer; returns when it is on the storage. Many at once are written together."""
-        row = _row(request, answer)
+        await self._put(_row(request, answer))
+
+    async def put_lost(self, request: ChatRequest) -> None:
+        """Keeps in mind that a call broke off which may have to be paid for: a budget must count it."""
+        most = ChatAnswer(
+            "", None, request.most_prompt_tokens(), request.sampling.max_tokens, request.model, 0.0
+        )
+        await self._put({**_row(request, most), "lost": True})
+
+    async def _put(self, row: dict[str, Any]) -> None:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((row, done))
         if self._writer is None or self._writer.done():
@@ -65,6 +81,12 @@ class AnswerCache:
         self._write(_lines([row]))
         self._answers[row["digest"]] = row
 
+    def _learn(self, row: dict[str, Any]) -> None:
+        if row.get("lost"):
+            self._lost.append(row)
+        else:
+            self._answers[row["digest"]] = row
+
     def close(self) -> None:
         """Ends writing and merges the objects of this process into one."""
         if self._descriptor is not None:
@@ -72,7 +94,7 @@ class AnswerCache:
             self._descriptor = None
         if len(self._objects) > 1:
             merged = b"".join(self._storage.read_bytes(name) for name in self._objects)
-            self._storage.write_bytes(f"{self._folder}/{self._own}-merged.jsonl", merged)
+            self._storage.write_bytes(self._next_object(), merged)
             for name in self._objects:
                 self._storage.delete(name)
         self._objects = []
@@ -89,13 +111,13 @@ class AnswerCache:
                         done.set_exception(error)
                 continue
             for row, done in group:
-                self._answers[row["digest"]] = row
+                self._learn(row)
                 if not done.cancelled():
                     done.set_result(None)
 
     def _write(self, lines: bytes) -> None:
         if not self._storage.is_local:
-            name = f"{self._folder}/{self._own}-{len(self._objects):06d}.jsonl"
+            name = self._next_object()
             self._storage.write_bytes(name, lines)
             self._objects.append(name)
             return
@@ -109,6 +131,10 @@ class AnswerCache:
                 view = view[os.write(self._descriptor, view) :]
             os.fdatasync(self._descriptor)
 
+    def _next_object(self) -> str:
+        self._written += 1
+        return f"{self._folder}/{self._own}-{self._written:06d}.jsonl"
+
     def _read(self, rel: str) -> None:
         lines = self._storage.read_bytes(rel).split(b"\n")
         # After a kill the last line may be cut; whole ones end in a line feed.
@@ -116,7 +142,7 @@ class AnswerCache:
             try:
                 row = json.loads(line)
                 ChatAnswer(**row["answer"])
-                self._answers[row["digest"]] = row
+                self._learn(row)
             except (ValueError, KeyError, TypeError) as error:
                 raise StorageError(
                     f"{self._storage.uri(rel)} is damaged in line {number}: {error}.",
@@ -130,7 +156,6 @@ def _row(request: ChatRequest, answer: ChatAnswer) -> dict[str, Any]:
         "prompt_digest": request.prompt_digest,
         "sampling": asdict(request.sampling),
         "attempt": request.attempt,
-        "time": round(time.time(), 3),
         "answer": asdict(answer),
     }
 

@@ -180,6 +180,12 @@ class ChatClient:
             if self._cache is not None:
                 await self._cache.put(request, answer)
             return answer
+        except PassingError as error:
+            if error.billed and worst > 0:
+                paid = worst
+                if self._cache is not None:
+                    await self._cache.put_lost(request)
+            raise
         finally:
             async with self._settled:
                 self._budget.settle(worst, paid)
@@ -199,17 +205,19 @@ class ChatClient:
                 content = await response.read()
                 status, headers = response.status, response.headers
         except TimeoutError as error:
-            raise PassingError(f"timeout: no answer within {self._endpoint.timeout:g} s") from error
+            what = f"timeout: no answer within {self._endpoint.timeout:g} s"
+            raise PassingError(what, billed=True) from error
         except aiohttp.ClientPayloadError as error:
-            raise PassingError(f"cut: the answer broke off: {error}") from error
+            raise PassingError(f"cut: the answer broke off: {error}", billed=True) from error
         except aiohttp.ClientError as error:
-            raise PassingError(f"connection: {error}") from error
+            reached = not isinstance(error, aiohttp.ClientConnectorError)
+            raise PassingError(f"connection: {error}", billed=reached) from error
         if status != 200:
             raise _refusal(status, headers.get("Retry-After"), content)
         try:
             body = json.loads(content)
-        except ValueError as error:
-            raise PassingError(f"not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise PassingError(f"not JSON: {error}", billed=True) from error
         answer = read_completion(body, request, time.monotonic() - started)
         self._limit.correct(estimated, answer.prompt_tokens + answer.completion_tokens)
         return answer

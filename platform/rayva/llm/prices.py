@@ -30,12 +30,8 @@ class Price:
         return self.of(answer.prompt_tokens, answer.completion_tokens)
 
     def at_most(self, request: ChatRequest) -> float:
-        """Dollars of a call whose answer is as long as it may be.
-
-        A token is at least a byte or so long, and seldom shorter than three: half as many again as the
-        estimate leaves room for prompts that are denser than English.
-        """
-        return self.of(3 * request.estimated_prompt_tokens() // 2, request.sampling.max_tokens)
+        """Dollars of a call whose answer is as long as it may be."""
+        return self.of(request.most_prompt_tokens(), request.sampling.max_tokens)
 
 
 FREE = Price(0.0, 0.0)

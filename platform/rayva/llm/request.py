@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -60,10 +61,21 @@ class ChatRequest:
         """
         return sum(len(str(message.get("content", "")).encode()) // 4 + 5 for message in self.messages) + 3
 
+    def most_prompt_tokens(self) -> int:
+        """More tokens than the messages should be.
+
+        A token is at least a byte or so long, and seldom shorter than three: half as many again as the
+        estimate leaves room for prompts that are denser than English.
+        """
+        return 3 * self.estimated_prompt_tokens() // 2
+
 
 @dataclass(frozen=True)
 class ChatAnswer:
-    """An answer; token counts are the endpoint's own, or estimates where it tells none."""
+    """An answer; token counts are the endpoint's own, or estimates where it tells none.
+
+    `seconds` is how long the call took, `created` when it ended (seconds since the epoch).
+    """
 
     text: str
     finish_reason: str | None
@@ -71,6 +83,7 @@ class ChatAnswer:
     completion_tokens: int
     model: str
     seconds: float
+    created: float = 0.0
     cached: bool = False
 
 
@@ -79,11 +92,14 @@ class LLMError(Exception):
 
 
 class PassingError(LLMError):
-    """The same call may succeed later; `retry_after` is the endpoint's own advice in seconds."""
+    """The same call may succeed later; `retry_after` is the endpoint's own advice in seconds.
 
-    def __init__(self, what: str, retry_after: float | None = None) -> None:
+    `billed`: the endpoint may have done the work, and will want to be paid for it.
+    """
+
+    def __init__(self, what: str, retry_after: float | None = None, billed: bool = False) -> None:
         super().__init__(what)
-        self.retry_after = retry_after
+        self.retry_after, self.billed = retry_after, billed
 
 
 class PermanentError(LLMError):
@@ -108,13 +124,26 @@ def read_completion(body: object, request: ChatRequest, seconds: float) -> ChatA
         usage = body.get("usage") or {}
         if not isinstance(text, str):
             raise TypeError("the content is no text")
+        text = _whole(text)
+        reason = choice.get("finish_reason")
         return ChatAnswer(
             text=text,
-            finish_reason=choice.get("finish_reason"),
-            prompt_tokens=int(usage.get("prompt_tokens") or request.estimated_prompt_tokens()),
-            completion_tokens=int(usage.get("completion_tokens") or len(text.encode()) // 4 + 1),
-            model=str(body.get("model") or request.model),
+            finish_reason=None if reason is None else _whole(str(reason)),
+            prompt_tokens=_count(usage.get("prompt_tokens")) or request.estimated_prompt_tokens(),
+            completion_tokens=_count(usage.get("completion_tokens")) or len(text.encode()) // 4 + 1,
+            model=_whole(str(body.get("model") or request.model)),
             seconds=seconds,
+            created=time.time(),
         )
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise PassingError(f"the answer has not the form of a chat completion: {error!r}") from error
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise PassingError(f"not a chat completion: {error!r}", billed=True) from error
+
+
+def _whole(text: str) -> str:
+    """`text` with U+FFFD for halves of surrogate pairs, which JSON can hold but no file in UTF-8."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _count(value: Any) -> int:
+    """A number of tokens; 0 where the endpoint tells none."""
+    return max(0, int(value or 0))

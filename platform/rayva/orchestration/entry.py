@@ -104,7 +104,7 @@ def _parser(only: str | None, steps: Sequence[Step]) -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace, only: str | None, steps: Sequence[Step], job: dict[str, Any]) -> int:
     recipe = resolve(options.recipe, options.config, options.overrides)
-    storage = Storage(_storage_root(options.storage, recipe))
+    storage = Storage(storage_root(options.storage, recipe))
     until = getattr(options, "until", None)
     if options.dry_run:
         require_runnable(recipe)
@@ -131,7 +131,7 @@ def _show_plan(
         print(f"{planned.step.name:<10} {state}{why}{took}  [{storage.uri(planned.folder.rel)}]")
 
 
-def _storage_root(given: str | None, recipe: Recipe) -> str:
+def storage_root(given: str | None, recipe: Recipe) -> str:
     """Where the run lies. A job's own copy of the code is temporary: nothing may be kept in there."""
     temporary = _in_temporary_copy()
     if given is None:

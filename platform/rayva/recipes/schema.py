@@ -192,6 +192,49 @@ class Tracking(Config):
     """Name in the model registry; None takes `rayva-<recipe>`."""
 
 
+class Generation(Config):
+    """Instruction data written by a language-only teacher from captions and boxes (section 3)."""
+
+    source: Literal["jsonl", "coco", "dataset"] = "jsonl"
+    """`jsonl`: rows of {id, image, captions, instances}; `coco`: its annotation files; `dataset`: the
+    training images of the recipe's built-in `data.source`."""
+    input: str | None = None
+    """`jsonl`: the file (path or fsspec URI)."""
+    coco_captions: str | None = None
+    coco_instances: str | None = None
+    kinds: tuple[float, float, float] = (58.0, 23.0, 77.0)
+    """Shares of conversations, detailed descriptions and complex reasoning; the paper's by default."""
+    samples: int | None = Field(default=None, ge=1)
+    """How many samples in all; None takes three for each context."""
+    boxes_in_conversations: bool = False
+    """The original shows boxes to the teacher for the other two kinds only."""
+    prompts: str | None = None
+    """Folder of prompts in the original's layout; None takes those that come with Rayva."""
+    teacher: Literal["symbolic", "endpoint", "batch"] = "symbolic"
+    """`endpoint`: any OpenAI-compatible one, Rayva's own included; `batch`: files of OpenAI's batch API."""
+    base_url: str = "https://api.openai.com/v1"
+    model: str | None = None
+    api_key_env: str = "OPENAI_API_KEY"
+    """Name of the environment variable that holds the key."""
+    temperature: float | None = Field(default=0.7, ge=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    max_tokens: int = Field(default=1024, ge=1)
+    """Longest answer."""
+    seed: int = 0
+    attempts: int = Field(default=3, ge=1)
+    """How often a sample is asked for while its answers are rejected."""
+    concurrency: int = Field(default=16, ge=1)
+    """Calls in flight."""
+    requests_per_minute: float | None = Field(default=None, gt=0)
+    tokens_per_minute: float | None = Field(default=None, gt=0)
+    timeout: float = Field(default=120.0, gt=0)
+    """Seconds for a call."""
+    max_cost: float | None = Field(default=None, ge=0)
+    """Dollars that all answers kept at this storage may have cost; what might pass it is not asked."""
+    prices: str | None = None
+    """YAML table of prices; None takes the one that comes with Rayva."""
+
+
 class Serving(Config):
     """The endpoint that serves the registered model."""
 
@@ -217,6 +260,7 @@ class Recipe(Config):
     conversation: Conversation = Conversation()
     data: Data = Data()
     features: Features = Features()
+    generation: Generation = Generation()
     pretrain: Stage = Stage()
     finetune: Stage = Stage(train="all", lr=2e-5, batch_size=32, epochs=3.0)
     evaluation: Evaluation = Evaluation()
