@@ -22,7 +22,7 @@ from rayva.storage import Storage
 from rayva.training.checkpoint import PROGRESS
 
 if TYPE_CHECKING:
-    from rayva.training.loop import SavedCheckpoint
+    from rayva.training.resume import SavedCheckpoint
 
 logger = logging.getLogger(__name__)
 
