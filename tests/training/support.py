@@ -140,6 +140,9 @@ class FolderHooks:
             destination.parent.mkdir(parents=True, exist_ok=True)
             destination.write_bytes(source.read_bytes())
 
+    def leaving(self) -> bool:
+        return False
+
     def checkpoints(self) -> Sequence[SavedCheckpoint]:
         return [FolderCheckpoint(folder) for folder in sorted(self.root.glob("checkpoint-*"), reverse=True)]
 

@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,8 +23,9 @@ from rayva.training.engine import Engine
 from rayva.training.plan import TrainingPlan
 from rayva.training.precision import resolve_precision
 from rayva.training.prefetch import PreparedStep, Share, prefetch
-from rayva.training.resume import Hooks, Metrics, restore, save
+from rayva.training.resume import FAILED, Hooks, Metrics, Saver, restore
 from rayva.training.schedule import lr_factor
+from rayva.training.stop import stop_on_sigterm
 
 logger = logging.getLogger(__name__)
 
@@ -69,18 +71,21 @@ def train(job: TrainJob, hooks: Hooks) -> TrainResult:
     fresh = Progress(0, share.world_size, engine.zero, str(dtype), job.digest)
     state = restore(engine, hooks, fresh)
     counts, metrics = Counter(state.counts), Metrics()
-    with prefetch(state.step, plan, job.source, share, vision_hidden) as steps:
+    saver = Saver(engine, hooks, stage, plan.steps_total)
+    reading = prefetch(state.step, plan, job.source, share, vision_hidden)
+    with closing(saver), stop_on_sigterm(), reading as steps:
         started = time.monotonic()
         for prepared, waited in steps:
             metrics = _run_step(engine, prepared, job)
             counts.update(prepared.counts)
             metrics |= _speed(engine, prepared, time.monotonic() - started, waited)
+            metrics[FAILED] = float(counts[FAILED])
             started = time.monotonic()
             done = prepared.step + 1
+            progress = replace(fresh, step=done, counts=dict(counts))
             hooks.on_metrics(done, metrics)
-            if done % stage.checkpoint_every == 0 and done < plan.steps_total:
-                progress = replace(fresh, step=done, counts=dict(counts))
-                save(engine, hooks, progress, metrics)
+            counts = Counter(saver.after_step(progress, metrics).counts)
+        counts.update({FAILED: saver.settle()})
     return TrainResult(engine, dict(counts), metrics, f"{dtype}".removeprefix("torch.") + f" ({why})")
 
 
