@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator
 from pydantic_core import PydanticCustomError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -200,6 +200,10 @@ class Scaling(Config):
         if not 1 <= least <= most:
             raise PydanticCustomError("workers", "a number >= 1, or [least, most] with 1 <= least <= most")
         return (least, most) if least < most else most
+
+    @field_serializer("workers", when_used="json")
+    def _list_workers(self, value: int | tuple[int, int]) -> int | list[int]:
+        return value if isinstance(value, int) else list(value)
 
     @property
     def min_workers(self) -> int:

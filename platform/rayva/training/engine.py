@@ -157,6 +157,9 @@ class Engine:
                 self._engine._config.load_universal_checkpoint = True
                 self._load(universal)
                 self._engine._config.load_universal_checkpoint = False
+            # It also gives one step counter to all, which each of them would then advance.
+            for state in self._optimizer.state.values():
+                state["step"] = torch.as_tensor(state["step"]).clone()
         else:
             self._load(folder)
         for group, own in zip(self._optimizer.param_groups, settings, strict=True):
