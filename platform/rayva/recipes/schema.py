@@ -7,9 +7,10 @@ on it. Numbers of the paper are cited by section (arXiv 2304.08485).
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator
+from pydantic_core import PydanticCustomError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -152,7 +153,12 @@ class Stage(Config):
     seed: int = 0
     checkpoint_every: int = Field(default=200, ge=1)
     """Optimizer steps between checkpoints."""
+    checkpoint_minutes: float | None = Field(default=None, gt=0)
+    """A checkpoint also whenever so many minutes have passed since the last one."""
     keep_checkpoints: int = Field(default=2, ge=1)
+    """Newest checkpoints that are kept until the stage is finished ..."""
+    keep_best: int = Field(default=0, ge=0)
+    """... and those with the lowest mean training loss since the checkpoint before."""
 
 
 class Evaluation(Config):
@@ -175,11 +181,39 @@ class Evaluation(Config):
 class Scaling(Config):
     """What the training workers take from the cluster."""
 
-    workers: int = Field(default=1, ge=1)
+    workers: int | tuple[int, int] = 1
+    """A number, or `[least, most]`: training goes on with the workers that there is room for."""
+    resize_seconds: float = Field(default=60.0, ge=0)
+    """How often a training with less than `most` workers looks for room for more."""
     cpus_per_worker: float = Field(default=1.0, ge=0)
     gpus_per_worker: float = Field(default=0.0, ge=0)
     max_failures: int = Field(default=3, ge=0)
     """Worker failures survived before the job gives up."""
+
+    @field_validator("workers", mode="plain")
+    @classmethod
+    def _check_workers(cls, value: Any) -> int | tuple[int, int]:
+        bounds = value if isinstance(value, list | tuple) else [value, value]
+        if len(bounds) != 2 or any(type(bound) is not int for bound in bounds):
+            raise PydanticCustomError("workers", "a whole number, or [least, most]")
+        least, most = bounds
+        if not 1 <= least <= most:
+            raise PydanticCustomError("workers", "a number >= 1, or [least, most] with 1 <= least <= most")
+        return (least, most) if least < most else most
+
+    @field_serializer("workers", when_used="json")
+    def _list_workers(self, value: int | tuple[int, int]) -> int | list[int]:
+        return value if isinstance(value, int) else list(value)
+
+    @property
+    def min_workers(self) -> int:
+        """The least that training starts or goes on with."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The most that training takes."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class Tracking(Config):
