@@ -33,9 +33,16 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 def run_child(script: str, settings: Mapping[str, Any], env: Mapping[str, str] | None = None) -> Any:
     """Runs `script --child SETTINGS` to its end and returns what it passed to `tell`."""
+    started = time.monotonic()
     child = start_child(script, settings, env)
-    output, _ = child.communicate()
-    return result_of(script, child.returncode, output)
+    try:
+        output, _ = child.communicate()
+    finally:
+        child.kill()
+    result = result_of(script, child.returncode, output)
+    what = " ".join(str(settings[key]) for key in ("name", "kind", "side", "samples") if key in settings)
+    print(f"measured {what} in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    return result
 
 
 def start_child(

@@ -13,9 +13,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import rayva_side
 import synthetic
 import torch
-from synthetic import Setting, StageName
+from lengths import StageName
+from synthetic import Setting
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import (
@@ -66,8 +68,8 @@ class Conversations(Dataset[dict[str, Any]]):
     """Tokenises and prepares the picture of a sample when it is asked for, as LLaVA's own dataset does."""
 
     def __init__(self, setting: Setting, stage: StageName, name: str, image_token: int) -> None:
-        absent = synthetic.NoFeatures(setting.image_tokens)
-        self._source = synthetic.source_of(setting, stage, name, absent)
+        absent = rayva_side.NoFeatures(setting.image_tokens)
+        self._source = rayva_side.source_of(setting, stage, name, absent)
         images = synthetic.images_table(setting)
         self._contents = dict(zip(images["image_id"].to_pylist(), images["content"], strict=True))
         self._processor = CLIPImageProcessorPil.from_pretrained(setting.file("vision"))
@@ -120,13 +122,17 @@ class _OrderedTrainer(Trainer):  # type: ignore[misc]  # transformers has no typ
         return _Order(self.order)
 
 
-class _Clock(TrainerCallback):  # type: ignore[misc]
+class Clock(TrainerCallback):  # type: ignore[misc]
+    """The end of each step in real and in CPU seconds of this process, and its loss."""
+
     def __init__(self) -> None:
         self.moments: list[float] = []
+        self.cpu: list[float] = []
         self.losses: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.moments.append(time.perf_counter())
+        self.cpu.append(time.process_time())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
@@ -141,11 +147,8 @@ def train(
     order: Sequence[int],
     dtype: torch.dtype,
     workers: int,
-) -> tuple[list[float], list[float]]:
-    """Trains on the samples of `order`, a global batch after the other.
-
-    Returns the moment at the end of each step, and its loss.
-    """
+) -> Clock:
+    """Trains on the samples of `order`, a global batch after the other; tells when each step ended."""
     model = build_model(setting, stage, dtype)
     arguments = TrainingArguments(
         output_dir=str(setting.file("hf-output")),
@@ -168,7 +171,7 @@ def train(
         disable_tqdm=True,
         seed=stage.seed,
     )
-    clock = _Clock()
+    clock = Clock()
     trainer = _OrderedTrainer(
         model=model,
         args=arguments,
@@ -178,4 +181,4 @@ def train(
     )
     trainer.order = order
     trainer.train()
-    return clock.moments, clock.losses
+    return clock

@@ -1,55 +1,35 @@
 """Models of a given shape with random weights, and a seeded set of pictures and conversations.
 
-The time of a step depends on shapes and lengths, not on what weights and words are. Lengths follow
-log-normal distributions in their quantiles, so that a set of any size has the same mean; the
-figures actually reached are part of each report (`describe_lengths`). They are meant to be like those of
-LLaVA's data (short captions in stage 1, conversations of some hundred tokens with a long tail in
-stage 2), and are no measurement of it.
+The time of a step depends on shapes and lengths, not on what weights and words are. Text lengths follow
+log-normal distributions in their quantiles (`lengths`), so that a set of any size has the same mean. They are
+meant to be like those of LLaVA's data: short captions in stage 1, conversations of some hundred tokens with a
+long tail in stage 2. They are no measurement of it; each report tells the lengths that it had.
 """
 
 from __future__ import annotations
 
-import hashlib
+import argparse
 import io
 import json
-import math
 import random
-import statistics
-import time
-from collections import Counter
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import bench_support  # noqa: F401  # puts platform/ on the path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from lengths import STAGES, StageName, quantile_lengths
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from rayva.data.schema import IMAGES, SAMPLES
-from rayva.features.shards import ShardWriter, to_float16
-from rayva.features.store import FeatureStore, StoreLayout, prepare_store
 from rayva.model.projector import build_projector
-from rayva.model.vlm import VisionLanguageModel
-from rayva.recipes.schema import Stage
-from rayva.storage import Storage
 from rayva.text.templates import get_template
-from rayva.training.dataset import FeatureReader, SampleSource, StoredFeatures, TextSettings
-from rayva.training.inline import InlineFeatures
-from rayva.training.loop import Metrics, SavedCheckpoint, TrainJob
-from rayva.training.plan import TrainingPlan
-from rayva.vision.decode import decode_image
-from rayva.vision.towers import VisionTower, load_tower
-
-StageName = Literal["pretrain", "finetune"]
-STAGES: tuple[StageName, ...] = ("pretrain", "finetune")
 
 LANGUAGE_SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": {
@@ -71,14 +51,11 @@ TOWER_SHAPES: dict[str, dict[str, Any]] = {
         "image_size": 56, "patch_size": 14,
     },
 }  # fmt: skip
-TEXT_LENGTHS: dict[StageName, tuple[float, float]] = {"pretrain": (18.0, 0.5), "finetune": (220.0, 0.65)}
-"""Median of the text tokens of a sample, and sigma of their logarithm."""
 MAX_TOKENS = 2048
 _ROUND_TOKENS = 80
 _QUESTION_WORDS = 12
 _SYSTEM_TOKENS = 40
 _DRAWN = 16
-_TEMPLATES: dict[StageName, str] = {"pretrain": "plain", "finetune": "v1"}
 
 
 @dataclass(frozen=True)
@@ -107,19 +84,37 @@ class Setting:
         return Path(self.root) / name
 
 
-def quantile_lengths(stage: StageName, count: int, scale: float = 1.0) -> list[int]:
-    """Text tokens of `count` samples: the distribution's quantiles at (i + 1/2) / count."""
-    median, sigma = TEXT_LENGTHS[stage]
-    normal = statistics.NormalDist()
-    raw = (median * math.exp(sigma * normal.inv_cdf((i + 0.5) / count)) for i in range(count))
-    return [max(6, round(length * scale)) for length in raw]
+def add_options(parser: argparse.ArgumentParser, batch: int = 16, micro: int = 8, steps: int = 4) -> None:
+    """The options of every script that trains: shapes, sizes, precision."""
+    parser.add_argument("--language", choices=list(LANGUAGE_SHAPES), default="smollm2-135m")
+    parser.add_argument("--tower", choices=list(TOWER_SHAPES), default="vit-l14-224")
+    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
+    parser.add_argument("--batch-size", type=int, default=batch, help=f"global batch (default: {batch})")
+    parser.add_argument("--micro-batch-size", type=int, default=micro, help=f"samples (default: {micro})")
+    parser.add_argument("--steps", type=int, default=steps, help=f"measured steps (default: {steps})")
+    parser.add_argument("--warm-up", type=int, default=1, help="steps before those (default: 1)")
+    parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto")
+    parser.add_argument("--text-scale", type=float, default=1.0, help="factor on text lengths")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scratch", help="folder for the run (default: the system's temporary folder)")
 
 
-def describe_lengths(lengths: Sequence[int]) -> str:
-    """Mean and quantiles of sample lengths, in words."""
-    p10, p50, p90 = np.quantile(lengths, [0.1, 0.5, 0.9])
-    quantiles = f"p10 {p10:.0f}, p50 {p50:.0f}, p90 {p90:.0f}, max {max(lengths)}"
-    return f"mean {np.mean(lengths):.0f} tokens ({quantiles})"
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options, checked."""
+    options = parser.parse_args()
+    if options.batch_size % options.micro_batch_size or options.warm_up < 1 or options.steps < 1:
+        parser.error("--micro-batch-size must divide --batch-size; --steps and --warm-up are at least 1")
+    return options
+
+
+def stage_changes(options: argparse.Namespace) -> dict[str, Any]:
+    """What the options change of a stage's settings."""
+    return {name: getattr(options, name) for name in ("batch_size", "micro_batch_size", "precision")}
+
+
+def setting_of(options: argparse.Namespace, root: str) -> Setting:
+    """The setting that the options describe, with its files under `root`."""
+    return Setting(root, options.language, options.tower, options.text_scale, options.seed)
 
 
 # --- what is trained on ---
@@ -257,14 +252,6 @@ def projector_of(setting: Setting) -> torch.nn.Module:
     return build_projector("mlp2x_gelu", vision["hidden_size"], text["hidden_size"])
 
 
-def tower_of(setting: Setting, dtype: torch.dtype) -> VisionTower:
-    """The tower as Rayva loads it."""
-    return load_tower(str(setting.file("vision")), "clip", -2, device="cpu", dtype=dtype)
-
-
-# --- Rayva's side ---
-
-
 def samples_table(setting: Setting, name: str) -> pa.Table:
     """The table of `write_samples`."""
     return pq.read_table(setting.file(f"{name}.parquet"))
@@ -273,139 +260,3 @@ def samples_table(setting: Setting, name: str) -> pa.Table:
 def images_table(setting: Setting) -> pa.Table:
     """The table of `write_images`."""
     return pq.read_table(setting.file("images.parquet"))
-
-
-def encode_images(
-    setting: Setting, storage_root: str, dtype: torch.dtype, count: int, batch: int = 16
-) -> dict[str, Any]:
-    """Encodes the first `count` images into a feature store under `storage_root`, and times it.
-
-    The time covers decoding, encoding and writing; the first batch is encoded once more beforehand, untimed.
-    """
-    storage = Storage(storage_root)
-    tower = tower_of(setting, dtype)
-    layout = StoreLayout(
-        tower.num_tokens, tower.hidden_size, tower.describe(), str(dtype).removeprefix("torch.")
-    )
-    prepare_store(storage, layout)
-    contents = images_table(setting)["content"][:count].to_pylist()
-    tower.encode(tower.preprocess([decode_image(data) for data in contents[:batch]]))
-    started = time.perf_counter()
-    with ShardWriter(storage, layout.rel, tower.num_tokens, tower.hidden_size, 2048) as writer:
-        for start in range(0, len(contents), batch):
-            part = contents[start : start + batch]
-            keys = [hashlib.sha256(data).hexdigest() for data in part]
-            features_BND = tower.encode(tower.preprocess([decode_image(data) for data in part]))
-            writer.write(keys, to_float16(features_BND.float().numpy(), keys))
-    seconds = time.perf_counter() - started
-    return {"store": layout.rel, "images": len(contents), "images_per_second": len(contents) / seconds}
-
-
-def stored_features(setting: Setting, storage_root: str, store: str) -> StoredFeatures:
-    """Reads the features of `encode_images`."""
-    opened = FeatureStore.open(Storage(storage_root), store)
-    images = images_table(setting)
-    contents = zip(images["image_id"].to_pylist(), images["content"].to_pylist(), strict=True)
-    keys = {image_id: hashlib.sha256(data).hexdigest() for image_id, data in contents}
-    return StoredFeatures(opened.read, keys, setting.image_tokens)
-
-
-def inline_features(setting: Setting, dtype: torch.dtype) -> InlineFeatures:
-    """Encodes when a batch needs it, with the limits of the default recipe."""
-    return InlineFeatures(images_table(setting), tower_of(setting, dtype), 89_478_485, 64 * 2**20)
-
-
-def source_of(setting: Setting, stage: StageName, name: str, features: FeatureReader) -> SampleSource:
-    """The samples of a table of `write_samples`, as the training loop takes them."""
-    tokenizer = load_tokenizer(setting)
-    text = TextSettings(get_template(_TEMPLATES[stage], tokenizer=tokenizer), max_tokens=MAX_TOKENS)
-    known = images_table(setting)["image_id"].combine_chunks()
-    return SampleSource(samples_table(setting, name), known, features, text, tokenizer)
-
-
-class NoFeatures:
-    """Stands in where only the text of samples is wanted."""
-
-    def __init__(self, num_tokens: int) -> None:
-        self.num_tokens = num_tokens
-
-    def read(self, image_ids: Sequence[str]) -> list[torch.Tensor]:
-        """Refuses: nobody should ask."""
-        raise NotImplementedError("there are no features")
-
-
-def sample_lengths(setting: Setting, stage: StageName, name: str) -> list[int]:
-    """Tokens of every sample of a table, image tokens included."""
-    source = source_of(setting, stage, name, NoFeatures(setting.image_tokens))
-    counts: Counter[str] = Counter()
-    examples = [source.example(index, 0, counts) for index in range(len(source))]
-    return [len(example.input_ids) for example in examples if example is not None]
-
-
-def stage_settings(stage: StageName, **changes: Any) -> Stage:
-    """A stage with the paper's learning rates, without warm-up: every step of a short run counts."""
-    common: dict[str, Any] = {"warmup_ratio": 0.0, "checkpoint_every": 10**9}
-    own = {"pretrain": {"train": "projector", "lr": 2e-3}, "finetune": {"train": "all", "lr": 2e-5}}
-    return Stage(**(common | own[stage] | changes))
-
-
-def make_plan(samples: int, stage: Stage, name: str) -> TrainingPlan:
-    """The plan that all sides of a comparison follow."""
-    return TrainingPlan(samples, stage.batch_size, stage.epochs, stage.seed, name)
-
-
-def make_job(
-    setting: Setting, stage: Stage, source: SampleSource, name: str, digest: str = "bench"
-) -> TrainJob:
-    """A job of the training loop over the whole of `source`."""
-    model = VisionLanguageModel(language_model(setting), projector_of(setting))
-    plan = make_plan(len(source), stage, name)
-    return TrainJob(model, source, plan, stage, torch.device("cpu"), name)
-
-
-@dataclass
-class FolderCheckpoint:
-    """A checkpoint in a local folder."""
-
-    folder: Path
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
-    def open(self) -> AbstractContextManager[Path]:
-        return nullcontext(self.folder)
-
-
-@dataclass
-class TimedHooks:
-    """Keeps the moment and the metrics of every step; checkpoints become folders under `root`."""
-
-    root: Path | None = None
-    moments: list[float] = field(default_factory=list)
-    metrics: list[Metrics] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
-
-    def on_metrics(self, step: int, metrics: Metrics) -> None:
-        self.moments.append(time.perf_counter())
-        self.metrics.append(dict(metrics))
-        self.steps.append(step)
-
-    def on_checkpoint(self, folder: Path, step: int, metrics: Metrics) -> None:
-        assert self.root is not None
-        target = self.root / f"checkpoint-{step:08d}"
-        scratch = self.root / f".{target.name}"
-        for source in [path for path in folder.rglob("*") if path.is_file()]:
-            destination = scratch / source.relative_to(folder)
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            destination.write_bytes(source.read_bytes())
-        scratch.rename(target)
-
-    def checkpoints(self) -> Sequence[SavedCheckpoint]:
-        if self.root is None:
-            return []
-        return [FolderCheckpoint(folder) for folder in sorted(self.root.glob("checkpoint-*"), reverse=True)]
-
-    def seconds(self, warm_up: int) -> float:
-        """Time of all steps after the first `warm_up`."""
-        return self.moments[-1] - self.moments[warm_up - 1]

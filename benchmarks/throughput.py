@@ -21,9 +21,11 @@ from typing import Any
 
 import bench_support as support
 import numpy as np
+import rayva_side
 import synthetic
 import torch
-from synthetic import STAGES, Setting, StageName
+from lengths import TITLES, StageName, describe_lengths
+from synthetic import Setting
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 _TITLE = "Training throughput against the standard way"
@@ -38,8 +40,7 @@ def main() -> None:
         return
     started_on = support.machine()
     with tempfile.TemporaryDirectory(prefix="rayva-bench-", dir=options.scratch) as root:
-        setting = Setting(root, options.language, options.tower, options.text_scale, options.seed)
-        figures = _measure(options, setting)
+        figures = _measure(options, synthetic.setting_of(options, root))
     support.report(
         options, "Training throughput against the standard way", _body(figures), figures, started_on
     )
@@ -47,27 +48,14 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = support.parser(__doc__)
-    parser.add_argument("--language", choices=list(synthetic.LANGUAGE_SHAPES), default="smollm2-135m")
-    parser.add_argument("--tower", choices=list(synthetic.TOWER_SHAPES), default="vit-l14-224")
-    parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=list(STAGES))
-    parser.add_argument("--batch-size", type=int, default=16, help="global batch (default: 16)")
-    parser.add_argument("--micro-batch-size", type=int, default=8, help="of all sides (default: 8)")
-    parser.add_argument("--steps", type=int, default=4, help="measured steps (default: 4)")
-    parser.add_argument("--warm-up", type=int, default=1, help="steps before those (default: 1)")
-    parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto")
+    synthetic.add_options(parser)
     parser.add_argument(
         "--encode-precision", choices=["float32", "bfloat16"], default="float32",
         help="of encoding beforehand (default: what the features step has on a CPU)",
     )  # fmt: skip
-    parser.add_argument("--text-scale", type=float, default=1.0, help="factor on text lengths")
     parser.add_argument("--loader-workers", type=int, default=1, help="of the Trainer's data loader")
     parser.add_argument("--threads", type=int, default=0, help="of torch (default: all cores)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scratch", help="folder for the run (default: the system's temporary folder)")
-    options = parser.parse_args()
-    if options.batch_size % options.micro_batch_size or options.warm_up < 1:
-        parser.error("--micro-batch-size must divide --batch-size, and --warm-up be at least 1")
-    return options
+    return synthetic.parse(parser)
 
 
 def _measure(options: argparse.Namespace, setting: Setting) -> dict[str, Any]:
@@ -92,15 +80,11 @@ def _measure(options: argparse.Namespace, setting: Setting) -> dict[str, Any]:
 def _measure_stage(
     options: argparse.Namespace, setting: Setting, name: StageName, common: dict[str, Any], encoding: Any
 ) -> dict[str, Any]:
-    stage = {
-        "batch_size": options.batch_size,
-        "micro_batch_size": options.micro_batch_size,
-        "precision": options.precision,
-    }
-    lengths = synthetic.sample_lengths(setting, name, f"{name}-plan")
-    plan = synthetic.make_plan(len(lengths), synthetic.stage_settings(name, **stage), name)
+    stage = synthetic.stage_changes(options)
+    lengths = rayva_side.sample_lengths(setting, name, f"{name}-plan")
+    plan = rayva_side.make_plan(len(lengths), rayva_side.stage_settings(name, **stage), name)
     planned = [index for step in range(plan.steps_total) for index in plan.global_batch(step)]
-    pool = synthetic.sample_lengths(setting, name, f"{name}-pool")
+    pool = rayva_side.sample_lengths(setting, name, f"{name}-pool")
     grouped = _grouped_order(pool, options)
     work = common | {"name": name, "stage": stage, "warm_up": options.warm_up}
     hf = work | {"kind": "hf", "workers": options.loader_workers}
@@ -118,6 +102,7 @@ def _measure_stage(
         taken = [table[index] for index in order[first:]]
         sides[side] |= {
             "samples_per_second": len(taken) / sides[side]["seconds"],
+            "cpu_seconds_per_sample": sides[side]["cpu_seconds"] / len(taken),
             "mean_tokens": float(np.mean(taken)),
         }
     for side, (table, order) in {"random": (lengths, planned), "grouped": (pool, grouped)}.items():
@@ -126,7 +111,7 @@ def _measure_stage(
     sides["rayva"]["with_encoding"] = 1 / (1 / rate + 1 / encoding["images_per_second"])
     pairs = zip(sides["random"]["losses"], sides["rayva"]["losses"], strict=True)
     return {
-        "lengths": synthetic.describe_lengths(lengths),
+        "lengths": describe_lengths(lengths),
         "sides": sides,
         "loss_difference": max(abs(ours - theirs) / abs(theirs) for theirs, ours in pairs),
     }
@@ -163,10 +148,10 @@ def _child(work: dict[str, Any]) -> None:
     setting = Setting(**work["setting"])
     if work["kind"] == "encode":
         dtype = getattr(torch, work["precision"])
-        made = synthetic.encode_images(setting, setting.root, dtype, work["images"])
+        made = rayva_side.encode_images(setting, setting.root, dtype, work["images"])
         support.tell(made | {"precision": work["precision"], "peak_bytes": support.peak_bytes()})
         return
-    stage = synthetic.stage_settings(work["name"], **work["stage"])
+    stage = rayva_side.stage_settings(work["name"], **work["stage"])
     result = _train_hf(work, setting, stage) if work["kind"] == "hf" else _train_rayva(work, setting, stage)
     support.tell(result | {"peak_bytes": support.peak_bytes()})
 
@@ -177,35 +162,26 @@ def _train_hf(work: dict[str, Any], setting: Setting, stage: Any) -> dict[str, A
     from rayva.training.precision import resolve_precision
 
     dtype, why = resolve_precision(stage.precision, torch.device("cpu"))
-    moments, losses = hf_standard.train(
+    clock = hf_standard.train(
         setting, work["name"], work["table"], stage, work["order"], dtype, work["workers"]
     )
-    seconds = moments[-1] - moments[work["warm_up"] - 1]
-    return {"seconds": seconds, "losses": losses, "precision": f"{dtype} ({why})"}
+    first = work["warm_up"] - 1
+    return {
+        "seconds": clock.moments[-1] - clock.moments[first],
+        "cpu_seconds": clock.cpu[-1] - clock.cpu[first],
+        "losses": clock.losses,
+        "precision": f"{dtype} ({why})",
+    }
 
 
 def _train_rayva(work: dict[str, Any], setting: Setting, stage: Any) -> dict[str, Any]:
-    from rayva.training.engine import init_distributed
-    from rayva.training.loop import train
-
-    init_distributed(torch.device("cpu"))
-    features = synthetic.stored_features(setting, setting.root, work["store"])
-    source = synthetic.source_of(setting, work["name"], work["table"], features)
-    hooks = synthetic.TimedHooks()
-    result = train(synthetic.make_job(setting, stage, source, work["name"]), hooks)
-    measured = hooks.metrics[work["warm_up"] :]
-    return {
-        "seconds": hooks.seconds(work["warm_up"]),
-        "losses": [metrics["loss"] for metrics in hooks.metrics],
-        "padding": float(np.mean([metrics["padding_share"] for metrics in measured])),
-        "wait_share": float(np.mean([metrics["wait_share"] for metrics in measured])),
-        "precision": result.precision,
-    }
+    features = rayva_side.stored_features(setting, setting.root, work["store"])
+    source = rayva_side.source_of(setting, work["name"], work["table"], features)
+    return rayva_side.train_timed(setting, stage, source, work["name"], work["warm_up"])
 
 
 # --- the report ---
 
-_TITLES = {"pretrain": "Stage 1 (projector)", "finetune": "Stage 2 (projector and language model)"}
 _SIDES = {
     "random": "Hugging Face, random order",
     "grouped": "Hugging Face, grouped by length",
@@ -218,7 +194,7 @@ def _body(figures: dict[str, Any]) -> str:
     rate, peak = encoding["images_per_second"], encoding["peak_bytes"] / support.MIB
     speed = f"{rate:.2f} images/s in {encoding['precision']}"
     first = f"Encoding beforehand, once: {speed}, peak memory {peak:,.0f} MiB."
-    stages = [_stage_body(_TITLES[name], stage) for name, stage in figures["stages"].items()]
+    stages = [_stage_body(TITLES[name], stage) for name, stage in figures["stages"].items()]
     return "\n\n".join([first, *stages])
 
 
@@ -230,18 +206,21 @@ def _stage_body(title: str, stage: dict[str, Any]) -> str:
         [
             label,
             f"{sides[side]['samples_per_second']:.3f}",
+            f"{sides[side]['cpu_seconds_per_sample']:.2f}",
             f"{sides[side]['mean_tokens']:.0f}",
             f"{sides[side]['padding']:.1%}",
             f"{sides[side]['peak_bytes'] / support.MIB:,.0f}",
         ]
         for side, label in _SIDES.items()
     ]
-    header = ["", "samples/s", "tokens a sample", "padding", "peak memory, MiB"]
+    header = ["", "samples/s", "CPU seconds a sample", "tokens a sample", "padding", "peak memory, MiB"]
+    cpu = [sides[side]["cpu_seconds_per_sample"] for side in _SIDES]
     facts = [
         f"**{rate / best:.2f} x** the better of the two, **{rate / random:.2f} x** the random order.",
         f"One epoch that has to encode first: {encoded:.3f} samples/s, {encoded / best:.2f} x and",
         f"{encoded / random:.2f} x. A step's loss differs from the random order's by at most",
         f"{stage['loss_difference']:.1e} (relative).",
+        f"In CPU seconds: {min(cpu[:2]) / cpu[2]:.2f} x and {cpu[0] / cpu[2]:.2f} x.",
         f"Rayva waited for data {sides['rayva']['wait_share']:.1%} of the time.",
     ]
     return f"""### {title}
