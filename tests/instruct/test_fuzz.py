@@ -9,8 +9,8 @@ import pyarrow as pa
 from rayva.data.schema import Instance
 from rayva.instruct.contexts import Context
 from rayva.instruct.generator import Generator, Outcome
-from rayva.instruct.parse import REASONS
-from rayva.instruct.rules import RULES
+from rayva.instruct.parse import REASONS, Pair
+from rayva.instruct.rules import RULES, Duplicates
 from rayva.instruct.symbolic import symbolic_answer
 from rayva.instruct.tasks import KINDS, Task
 from rayva.llm.request import ChatAnswer, ChatRequest, read_completion
@@ -87,3 +87,14 @@ def test_every_answer_is_accepted_or_rejected_with_a_reason() -> None:
             assert "[0.10, 0.20" not in pair.answer
     assert len(reasons) >= 10, reasons
     assert reasons[""] > 20, reasons
+
+
+def test_long_answers_that_fit_many_images_are_kept_only_from_the_symbolic_teacher() -> None:
+    pairs = [
+        Pair("What is there?", "A red square in the top left and a blue circle in the bottom right. " * 2)
+    ]
+    for across_images in (True, False):
+        seen = Duplicates(across_images)
+        assert seen.add(pairs, "a.jpg")
+        assert seen.add(pairs, "b.jpg") is not across_images
+        assert not seen.add(pairs, "a.jpg")

@@ -47,7 +47,7 @@ class Generator:
     teacher: Teacher
     attempts: int
     seed: int
-    _duplicates: Duplicates = field(default_factory=Duplicates)
+    duplicates: Duplicates = field(default_factory=Duplicates)
 
     async def generate(self, task: Task) -> Outcome:
         """Carries out a task.
@@ -69,7 +69,7 @@ class Generator:
                     raise
                 return Outcome("failed", (), tuple(tried), str(error))
             pairs, attempt = judge(task, answer, self.seed)
-            if not attempt.reason and not self._duplicates.add(list(pairs), task.context.image):
+            if not attempt.reason and not self.duplicates.add(list(pairs), task.context.image):
                 attempt = Attempt(answer, "duplicate")
             tried.append(attempt)
             if not attempt.reason:
