@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from rayva.data.schema import Instance
 from rayva.instruct.contexts import Context
-from rayva.instruct.generator import Generator, Outcome
+from rayva.instruct.generator import Generator, Outcome, judge
 from rayva.instruct.parse import REASONS, Pair
 from rayva.instruct.rules import RULES, Duplicates
 from rayva.instruct.symbolic import symbolic_answer
@@ -98,3 +98,10 @@ def test_long_answers_that_fit_many_images_are_kept_only_from_the_symbolic_teach
         assert seen.add(pairs, "a.jpg")
         assert seen.add(pairs, "b.jpg") is not across_images
         assert not seen.add(pairs, "a.jpg")
+
+
+def test_a_refusal_is_told_as_such_though_it_is_in_no_format() -> None:
+    for kind in KINDS:
+        answer = ChatAnswer("I'm sorry, but I cannot help with that request.", "stop", 1, 1, "m", 0.0)
+        pairs, attempt = judge(Task(kind, 0, CONTEXT), answer, seed=0)
+        assert (pairs, attempt.reason) == ((), "refuses")

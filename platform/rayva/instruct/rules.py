@@ -72,7 +72,12 @@ def leaks_coordinates(kind: Kind, pairs: Sequence[Pair], context: Context) -> bo
 
 def refuses(kind: Kind, pairs: Sequence[Pair], context: Context) -> bool:
     """Apologises, speaks as a language model, or says that it cannot see."""
-    return any(_REFUSAL.search(pair.answer) for pair in pairs)
+    return any(is_refusal(pair.answer) for pair in pairs)
+
+
+def is_refusal(text: str) -> bool:
+    """Whether the teacher apologises, speaks as a language model, or says that it cannot see."""
+    return bool(_REFUSAL.search(text))
 
 
 def too_short(kind: Kind, pairs: Sequence[Pair], context: Context) -> bool:
