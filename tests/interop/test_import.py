@@ -82,14 +82,16 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 @needs_golden
-@pytest.mark.parametrize("way", ["folder", "projector", "projector folder"])
+@pytest.mark.parametrize("way", ["folder", "projector", "projector folder", "projector on a LLaVA"])
 def test_the_originals_logits(way: str, tmp_path: Path) -> None:
     """The command, export, and transformers: logits within 1e-4 of the original code's."""
     arguments = [str(GOLDEN / "llava_checkpoint")]
     if way == "projector folder":
         (tmp_path / "stage1").mkdir()
         shutil.copy(GOLDEN / "mm_projector.bin", tmp_path / "stage1")
-    if way != "folder":
+    if way == "projector on a LLaVA":  # whose config.json names the tower
+        arguments = [str(GOLDEN / "mm_projector.bin"), "--language", str(GOLDEN / "llava_checkpoint")]
+    elif way != "folder":
         source = GOLDEN / "mm_projector.bin" if way == "projector" else tmp_path / "stage1"
         base = ["--language", str(golden_base(tmp_path)), "--vision", str(GOLDEN / "tiny_clip")]
         arguments = [str(source), *base]

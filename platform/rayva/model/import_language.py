@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from rayva.errors import WeightsError
-from rayva.model.checkpoint import LazyTensor, Tensors, check_part, in_file_order, read_json
+from rayva.model.checkpoint import LazyTensor, Tensors, check_part, load_each, read_json
 from rayva.model.language import load_tokenizer, refuse_changed_logits
 from rayva.model.shards import CheckpointWriter, write_json
 from rayva.text.twin import twin_of
@@ -124,6 +124,8 @@ def check_language(part: LanguagePart) -> LanguagePart:
     dtype = next(iter(tensors.values())).dtype
     config = {
         **part.config,
+        "vocab_size": model.config.vocab_size,
+        "hidden_size": model.config.hidden_size,
         "architectures": [type(model).__name__],
         "dtype": str(dtype).removeprefix("torch."),
         "tie_word_embeddings": bool(model.config.tie_word_embeddings),
@@ -226,8 +228,7 @@ def write_language(
     write_json(target / "config.json", part.config)
     write_json(target / "generation_config.json", _end_tokens(part, generation, rows))
     writer = CheckpointWriter(target)
-    for name, tensor in in_file_order(part.tensors):
-        writer.add({name: tensor.load()})
+    writer.add(load_each(part.tensors, "language model"))
     writer.finish()
 
 

@@ -16,7 +16,7 @@ from rayva.model.checkpoint import (
     Tensors,
     check_part,
     has_weights,
-    in_file_order,
+    load_each,
     open_checkpoint,
     read_json,
     renamed,
@@ -232,8 +232,7 @@ def write_vision(part: VisionPart, target: Path, layer: int, aspect: Aspect) -> 
     write_json(target / "config.json", part.config)
     write_json(target / "preprocessor_config.json", _plain_processor(part))
     writer = CheckpointWriter(target)
-    for name, tensor in in_file_order(part.tensors):
-        writer.add({name: tensor.load()})
+    writer.add(load_each(part.tensors, "vision tower"))
     writer.finish()
     try:
         tower = describe_tower(str(target), part.kind, layer, None, aspect)
