@@ -64,7 +64,13 @@ def test_variable_length_attention_is_that_of_each_sample_alone(
 ) -> None:
     """The CUDA kernel's place is taken by a loop over samples; all around it is what runs on a GPU."""
     varlen = pytest.importorskip("torch.nn.attention.varlen")
-    monkeypatch.setattr(varlen, "varlen_attn", _one_by_one)
+    calls = []
+
+    def attend(*tensors: Any, **options: Any) -> Tensor:
+        calls.append(options)
+        return _one_by_one(*tensors, **options)
+
+    monkeypatch.setattr(varlen, "varlen_attn", attend)
     trial, shape = part("gpu_trial"), part("gpu_shapes").SHAPES["tiny"]
     work: dict[str, Any] = {"stage": "finetune", "device": "cpu", "shape": "tiny"}
     work |= {"rows": 2, "row_tokens": 128, "text_scale": 0.2}
@@ -83,6 +89,7 @@ def test_variable_length_attention_is_that_of_each_sample_alone(
             losses.append(model(packed.batch)[0].item())
     assert losses[:2] == pytest.approx(losses[2:], rel=1e-5)
     assert losses[0] != losses[1]
+    assert len(calls) == 2 * 3
 
 
 def _one_by_one(
