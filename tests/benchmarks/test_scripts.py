@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = [
     "features",
+    "generate",
     "gpu_step",
     "loss_memory",
     "plan",
@@ -37,7 +38,8 @@ def _run(script: str, folder: Path, *options: str) -> tuple[Any, str]:
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     whole = json.loads(target.read_text())
-    assert done.stdout.startswith("## ")
+    # Libraries may have printed a word of their own before.
+    assert "\n## " in f"\n{done.stdout}"
     assert f"commit {whole['commit']}" in done.stdout
     assert f"benchmarks/{script}.py" in whole["command"]
     return whole["figures"], done.stdout
@@ -45,7 +47,9 @@ def _run(script: str, folder: Path, *options: str) -> tuple[Any, str]:
 
 def test_make_bench_runs_every_script() -> None:
     files = (ROOT / "benchmarks").glob("*.py")
-    assert sorted(file.stem for file in files if "\ndef main()" in file.read_text()) == sorted(SCRIPTS)
+    found = sorted(file.stem for file in files if "\ndef main()" in file.read_text())
+    # vLLM has an environment of its own: docs/interop.md.
+    assert [script for script in found if script != "vllm_agreement"] == sorted(SCRIPTS)
     makefile = (ROOT / "Makefile").read_text()
     assert [script for script in SCRIPTS if f"benchmarks/{script}.py" not in makefile] == []
 
