@@ -28,10 +28,11 @@ _ORIGINAL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "m
 """Model types of the original code, and the language model in each."""
 _MULTIMODAL = (
     "mm_", "image_", "tune_mm_", "freeze_mm_", "unfreeze_mm_", "use_mm_", "pretrain_mm_", "tokenizer_",
-    "vision_tower", "rayva_", "auto_map", "_name_or_path", "transformers_version", "architectures",
-    "torch_dtype", "dtype", "quantization_config",
+    "vision_tower", "rayva_", "auto_map", "_", "attn_implementation", "transformers_version",
+    "architectures", "torch_dtype", "dtype", "quantization_config",
 )  # fmt: skip
-"""Beginnings of the config keys that are not the language model's own, or that are written anew."""
+"""Beginnings of the config keys that are not the language model's own, that are written anew, or that
+could name code (`auto_map`, kernels of the hub as `attn_implementation`)."""
 _COUNTS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "max_position_embeddings", "head_dim",
