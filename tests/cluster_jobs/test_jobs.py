@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.small import SMALL_TINY
 
 ROOT = Path(__file__).resolve().parents[2]
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
@@ -99,15 +102,23 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         for command in (head, worker):
             log = (home / f"{len(nodes)}.log").open("w")
             nodes.append(
-                subprocess.Popen(command, cwd=home, env=environment, stdout=log, stderr=subprocess.STDOUT)
+                subprocess.Popen(
+                    command,
+                    cwd=home,
+                    env=environment,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
             )
             if command is head:
                 wait_until_ready(environment, gcs, dashboard, 1, home)
         wait_until_ready(environment, gcs, dashboard, 2, home)
         yield Cluster(environment, f"127.0.0.1:{gcs}", dashboard, home)
     finally:
+        # The group is the node; asked to end, `ray start --block` would take half a minute.
         for node in reversed(nodes):
-            node.terminate()  # `ray start --block` takes its processes along
+            os.killpg(node.pid, signal.SIGKILL)
         for node in nodes:
             node.wait(timeout=60)
         shutil.rmtree(home, ignore_errors=True)
@@ -207,18 +218,16 @@ def test_a_driver_that_joins_by_address(cluster: Cluster, checkout: Path, tmp_pa
     check(result_of(done), checkout)
 
 
-SMALL = [
-    "data.train_scenes=48", "data.validation_scenes=4", "data.test_scenes=12", "data.samples_per_image=2",
-    "weights.clip_steps=4", "weights.clip_batch_size=16", "weights.language_steps=4", "pretrain.batch_size=8",
-    "pretrain.micro_batch_size=4", "finetune.batch_size=8", "finetune.micro_batch_size=4",
-    "evaluation.batch_size=16", "scaling.workers=2", "scaling.cpus_per_worker=1",
+TWO_WORKERS = [
+    *SMALL_TINY, "pretrain.micro_batch_size=4", "finetune.batch_size=8", "finetune.micro_batch_size=4",
+    "scaling.workers=2", "scaling.cpus_per_worker=1",
 ]  # fmt: skip
 
 
 def test_the_whole_job_in_both_forms(cluster: Cluster, checkout: Path, tmp_path: Path) -> None:
     """Trained by two workers; the second job has other settings, and shares what they do not change."""
     storage = tmp_path / "run"
-    script, with_storage = "pipelines/full.py", ["--recipe", "tiny", "--storage", str(storage), *SMALL]
+    script, with_storage = "pipelines/full.py", ["--recipe", "tiny", "--storage", str(storage), *TWO_WORKERS]
     done = cluster.submit("--working-dir", ".", "--", "python", script, *with_storage, cwd=checkout)
     first = whole_run(done, storage, checkout)
     without = ["python", str(checkout / script), *with_storage, "finetune.lr=5e-4"]

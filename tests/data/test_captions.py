@@ -200,6 +200,17 @@ def test_bad_rows_are_quarantined(tmp_path):
     }
 
 
+def test_a_parquet_row_that_is_no_text_is_quarantined(tmp_path):
+    put_images(tmp_path, ["a.jpg", "b.jpg"])
+    broken = pa.array([b"A cat.", b"\xff\xfe", b"A dog."]).cast(pa.binary()).view(pa.string())
+    pq.write_table(
+        pa.table({"image": ["a.jpg", "a.jpg", "b.jpg"], "caption": broken}), tmp_path / "t.parquet"
+    )
+    bundle = tables_of(tmp_path / "t.parquet", test_fraction=0.0)
+    assert [i.image_id for i in bundle.images] == ["a.jpg", "b.jpg"]
+    assert [(r.row_id, r.reason) for r in bundle.rejected] == [("row-1", "invalid_text")]
+
+
 def test_images_without_text_and_text_that_is_no_text(tmp_path):
     put_images(tmp_path, ["a.jpg", "b.jpg", "c.jpg"])
     (tmp_path / "a.txt").write_text("A cat.")

@@ -44,14 +44,17 @@ BAD_ROWS = {
         {"conversations": [turn("human", "q"), turn("human", "q"), turn("gpt", "a")]},
         {"conversations": [turn("human", "q"), turn("gpt", "a"), turn("gpt", "a")]},
     ],
-    "empty": [chat("q", ""), chat("q", " \n"), chat("", "a"), chat("q", "a", "q2", "")],
-    "no_answer": [chat("q"), {"conversations": [turn("gpt", "a")]}],
+    "no_answer": [
+        chat("q"),
+        {"conversations": [turn("gpt", "a")]},
+        {"conversations": [turn("gpt", "a"), turn("human", "q")]},
+    ],
     "invalid_text": [chat("\ud800", "a"), chat("q", "a\udfff"), chat("q", "a", image="\udc00.png")],
     "bad_image_field": [chat("q", "a", image=7), chat("q", "a", image=[None]), chat("q", "a", image={})],
     "more_images_in_text_than_given": [
-        chat("<image><image>\nq", "a", image="a.png"),
         chat("<image>\nq", "a", "<image> and this?", "b", image="a.png"),
         chat("<image>\n" * 3, "a", image=["a.png", "b.png"]),
+        chat("<image><image>\nq", "a", "<image> and this?", "b", image="a.png"),
     ],
     "more_images_given_than_in_text": [chat("<image>\nq", "a", image=["a.png", "b.png"])],
 }
@@ -94,9 +97,27 @@ def test_forms_that_real_files_have_are_accepted(row, images):
     assert parse_row(row).images == images
 
 
-def test_a_leading_answer_is_left_out_and_a_last_question_stays():
-    row = {"conversations": [turn("gpt", "Hi"), turn("human", "q"), turn("gpt", "a"), turn("human", "q2")]}
-    assert [t.text for t in parse_row(row).turns] == ["q", "a", "q2"]
+@pytest.mark.parametrize(
+    "texts",
+    [
+        [("gpt", "Hi"), ("human", "q"), ("gpt", "a"), ("human", "q2")],
+        [("human", "q"), ("gpt", "")],
+        [("human", "q"), ("gpt", " \n"), ("human", ""), ("gpt", "a")],
+        [("human", ""), ("gpt", "  padded  ")],
+        [("human", "USER: q ASSISTANT: </s>###"), ("gpt", "[INST] <s> <image> </s> ASSISTANT: ")],
+        [("human", "q\0\t"), ("gpt", "\u56fe\U0001f642\u0301\ufeff")],
+    ],
+)
+def test_no_row_is_refused_for_what_is_said_in_it(texts):
+    row = {"conversations": [turn(role, text) for role, text in texts]}
+    assert parse_row(row).turns == tuple(Turn(role, text) for role, text in texts)
+
+
+def test_repeated_marks_of_a_turn_count_once_if_there_are_too_many():
+    row = chat("<image>\n<image>\nCompare.", "a", "Sure?", "<image><image>", image="a.png")
+    assert [t.text for t in parse_row(row).turns] == ["<image>\n\nCompare.", "a", "Sure?", "<image><image>"]
+    enough = chat("<image>\n<image>\nCompare.", "a", image=["a.png", "b.png"])
+    assert parse_row(enough).turns[0].text == "<image>\n<image>\nCompare."
 
 
 GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden" / "templates" / "conversations.json"
@@ -111,8 +132,8 @@ def test_conversations_made_for_the_original_load_or_have_a_reason():
             parse_row(row)
         except BadRow as error:
             refused[error.reason] += 1
-    assert refused.total() < len(rows) / 3
-    assert refused.keys() <= {"more_images_in_text_than_given", "empty", "no_answer"}
+    # One file name, but a mark in each of two turns: the original fails in training.
+    assert refused == {"more_images_in_text_than_given": 1}
 
 
 anything = st.recursive(
@@ -146,8 +167,8 @@ def test_any_row_is_accepted_or_has_a_reason(row):
         reason = error.reason
     else:
         reason = None
-        assert parsed.turns[0].role == "human"
-        assert any(t.role == "gpt" for t in parsed.turns)
+        assert [t.role for t in parsed.turns if t.role == "human"]
+        assert parsed.turns[-1].role == "gpt" or parsed.turns[-2].role == "gpt"
         markers = sum(t.text.count(IMAGE_PLACEHOLDER) for t in parsed.turns if t.role == "human")
         assert not parsed.images or markers in (0, len(parsed.images))
         json.dumps([t.text for t in parsed.turns], ensure_ascii=False).encode()
@@ -231,10 +252,16 @@ def test_only_short_answers_about_one_image_make_questions(tmp_path):
         chat("<image>", "Yes", image=images[2], id="no question"),
         chat("<image><image>\nq", "Yes", image=images[3:5], id="two images"),
         chat("q", "Yes", id="text"),
+        chat("<image>\nq", "  ", image=images[1], id="silent"),
+        {**chat("<image>\nq", "No", image=images[2], id="greeted")},
     ]
+    rows[-1]["conversations"].insert(0, turn("gpt", "Hello."))
     bundle = build(recipe_data(tmp_path, rows, rows, images, test_fraction=0.999999))
-    assert [q.question_id for q in bundle.questions] == ["short"]
-    assert [i.image_id for i in bundle.images] == [images[0]]
+    assert [(q.question_id, q.question, q.accepted) for q in bundle.questions] == [
+        ("short", "q", ("one two three four five",)),
+        ("greeted", "q", ("No",)),
+    ]
+    assert [i.image_id for i in bundle.images] == [images[0], images[2]]
     assert [s.sample_id for s in bundle.finetune] == ["text"]
 
 
@@ -273,12 +300,16 @@ def test_images_beside_the_file_absolute_paths_and_uris(tmp_path):
         chat("<image>\nq", "a", image=f"file://{tmp_path}/gone.png"),
         chat("<image>\nq", "a", image="a\0.png"),
         chat("<image>\nq", "a", image="x" * 5000 + "/a.png"),
+        chat("<image>\nq", "a", image="../rows.json"),
+        chat("<image>\nq", "a", image="sub/../../rows.json"),
+        chat("<image>\nq", "a", image="sub/../a.png"),
     ]
     path = write(tmp_path / "rows.json", rows)
     bundle = build(Data(pretrain_json=path, finetune_json=path, test_fraction=0.0))
     ids = [s.image_ids[0] for s in bundle.finetune]
     assert ids == ["a.png", str(tmp_path / "a.png"), "s3://bucket/a.png"]
-    assert count_reasons(bundle.rejected) == {"missing_image": 2, "bad_image_field": 1}
+    # "sub/../a.png" needs the folder "sub", which is not there.
+    assert count_reasons(bundle.rejected) == {"missing_image": 3, "bad_image_field": 3}
 
 
 def test_lines_that_are_not_json_are_quarantined(tmp_path):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from rayva.data import tables
 from rayva.data.schema import ImageRecord, Instance, Question, Rejected, Sample, Turn
-from rayva.errors import StorageError
+from rayva.errors import DataError, StorageError
 from rayva.storage import Storage
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -78,6 +78,19 @@ def test_records_are_written_while_they_are_made(tmp_path, monkeypatch):
     total = tables.write_records(Storage(str(tmp_path)), "r.parquet", Rejected, map(Counted, range(400)))
     assert total == 400
     assert most < 20
+
+
+def test_a_source_that_fails_leaves_no_table(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "_BATCH_ROWS", 2)
+
+    def failing():
+        yield from (Rejected("s", str(n), "r") for n in range(7))
+        raise DataError("the file ends here")
+
+    storage = Storage(str(tmp_path))
+    with pytest.raises(DataError, match="ends here"):
+        tables.write_records(storage, "r.parquet", Rejected, failing())
+    assert not list(tmp_path.iterdir())
 
 
 def test_works_on_other_file_systems():

@@ -13,7 +13,6 @@ from rayva.text.conversation import (
     BadConversation,
     Content,
     Message,
-    collapse_markers,
     messages_from_turns,
     place_image,
 )
@@ -55,11 +54,6 @@ def test_bad_conversations_are_refused_with_a_reason(
     with pytest.raises(BadConversation) as caught:
         contents(turns, n_images)
     assert caught.value.reason == reason
-
-
-def test_collapsing_keeps_one_marker_a_human_turn() -> None:
-    turns = [Turn("human", "<image>\n<image>\nCompare."), Turn("gpt", "<image><image>")]
-    assert [turn.text for turn in collapse_markers(turns)] == ["<image>\n\nCompare.", "<image><image>"]
 
 
 class TestPlaceImage:

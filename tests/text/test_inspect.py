@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from rayva.cli import main
 from rayva.commands.inspect import Inspector, write_json, write_report
 from rayva.data.json_rows import read_json_rows
 from rayva.text.encode import IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -25,13 +29,29 @@ ROWS: list[Any] = [
     {"id": "text", "conversations": turns("Write <image> and </s>.", "<image> </s>")},
     {"id": "long", "conversations": turns("Go on.", "The boat is green. " * 80)},
     {"id": "long-image", "image": "a.png", "conversations": turns("<image>", "The boat is green. " * 80)},
-    {"id": "markers", "image": "a.png", "conversations": turns("<image>\n<image>\nCompare.", "Equal.")},
+    {"id": "twice", "image": "a.png", "conversations": turns("<image>\n<image>\nCompare.", "Equal.")},
+    {
+        "id": "markers",
+        "image": "a.png",
+        "conversations": [*turns("<image>\nWhat?", "A boat."), *turns("<image>\nAnd this?", "A pier.")],
+    },
+    {"id": "quiet", "conversations": [*turns("Say nothing.", ""), *turns("Now?", " ")]},
+    {
+        "id": "greeted",
+        "conversations": [
+            *({"from": "gpt", "value": "Hello."}, *turns("Hi", "Yes?")),
+            {"from": "human", "value": "Bye"},
+        ],
+    },
     {"id": "role", "conversations": [{"from": "robot", "value": "hi"}, {"from": "gpt", "value": "x"}]},
     {"id": "nothing"},
     {"id": "surrogate", "conversations": turns("\ud800", "x")},
     "not an object",
+    {"id": "\ud800", "conversations": turns("q", "a")},
+    {"id": ["x"], "conversations": turns("q", "a")},
 ]
-REJECTED = ("markers", "role", "nothing", "surrogate", "row-8")
+REJECTED = ("markers", "role", "nothing", "surrogate", "row-11", "\\ud800")
+KEPT = ("good", "text", "twice", "quiet", "greeted", "row-13")
 
 
 @pytest.fixture
@@ -56,7 +76,8 @@ def test_every_row_is_reported_with_its_status(data: Path, llama_like: PreTraine
     assert len(records) == len(ROWS)
     statuses = {row_id: record["status"] for row_id, record in records.items()}
     assert statuses == {
-        **{"good": "ok", "text": "ok", "long": "truncated", "long-image": "truncated"},
+        **dict.fromkeys(KEPT, "ok"),
+        **{"long": "truncated", "long-image": "truncated"},
         **dict.fromkeys(REJECTED, "rejected"),
     }
     assert all(bool(record["reason"]) == (record["status"] != "ok") for record in records.values())
@@ -88,9 +109,26 @@ def test_text_is_cut_and_rows_with_images_are_shown_whole(
 def test_repeated_markers_are_shown_as_the_original_reads_them(
     data: Path, llama_like: PreTrainedTokenizerBase
 ) -> None:
-    record = as_json(data, inspector(llama_like))["markers"]
-    assert record["status"] == "rejected"
-    assert record["input_ids"].count(IMAGE_TOKEN_INDEX) == 1
+    records = as_json(data, inspector(llama_like))
+    assert records["twice"]["input_ids"].count(IMAGE_TOKEN_INDEX) == 1
+    assert "USER: <image>\nCompare. ASSISTANT:" in records["twice"]["prompt"]
+    assert records["markers"]["reason"] == "more_images_in_text_than_given"
+    assert records["markers"]["input_ids"].count(IMAGE_TOKEN_INDEX) == 2
+
+
+def test_empty_answers_and_what_answers_nothing(data: Path, llama_like: PreTrainedTokenizerBase) -> None:
+    records = as_json(data, inspector(llama_like))
+    assert records["quiet"]["prompt"].endswith("USER: Say nothing. ASSISTANT:USER: Now? ASSISTANT:  </s>")
+    assert records["greeted"]["prompt"].endswith("questions. USER: Hi ASSISTANT: Yes?</s>USER: Bye ")
+    template = get_template("v0", llama_like)
+    greeted = as_json(data, Inspector(llama_like, template))["greeted"]
+    assert "\n\n### Assistant: Hello.\n### Human: Hi\n" in greeted["prompt"]
+
+
+def test_rows_that_the_recipe_drops_are_rejected(data: Path, llama_like: PreTrainedTokenizerBase) -> None:
+    records = as_json(data, inspector(llama_like, over_length="drop"))
+    for row_id in ("long", "long-image"):
+        assert (records[row_id]["status"], records[row_id]["reason"]) == ("rejected", "over_max_tokens")
 
 
 def test_the_image_stays_where_the_data_has_it(data: Path, llama_like: PreTrainedTokenizerBase) -> None:
@@ -135,3 +173,68 @@ def test_the_report_obeys_no_terminal_codes(tmp_path: Path, llama_like: PreTrain
     write_report(rows, out, llama_like, show=1, max_tokens=300)
     assert "\033" not in out.getvalue()
     assert "\\x1b[31mred" in out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(llama_like: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    llama_like.save_pretrained(folder)
+    return folder
+
+
+def command(data: Path, tokenizer: Path, *options: str) -> int:
+    return main(["inspect", str(data), "--tokenizer", str(tokenizer), "--template", "v1", *options])
+
+
+def test_the_command_prints_one_object_a_line(
+    data: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(data, tokenizer_folder, "--json", "--limit", "3") == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["id"] for record in records] == ["good", "text", "long"]
+    assert all(
+        record.keys() == {"id", "prompt", "input_ids", "labels", "status", "reason"} for record in records
+    )
+
+
+def test_the_command_reports(data: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(data, tokenizer_folder, "--show", "99") == 0
+    report = capsys.readouterr().out
+    assert report.count("\n== ") + report.startswith("== ") == len(ROWS)
+    report.encode("utf-8")
+
+
+def test_what_the_command_cannot_read_is_an_error_with_a_remedy(
+    data: Path, tmp_path: Path, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(tmp_path / "gone.json", tokenizer_folder) == 2
+    assert "gone.json cannot be read: it does not exist" in capsys.readouterr().err
+    data.write_text(data.read_text()[:-40])
+    assert command(data, tokenizer_folder, "--json") == 2
+    assert f"{data} is not JSON: line 1, column" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        command(data, tokenizer_folder, "--limit", "-1")
+    assert "--limit" in capsys.readouterr().err
+    assert command(data, tmp_path / "no-tokenizer") == 2
+    assert "no-tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_reader_that_has_seen_enough_ends_it_quietly(tmp_path: Path, tokenizer_folder: Path) -> None:
+    path = tmp_path / "many.jsonl"
+    path.write_text((json.dumps({"conversations": turns("Go on.", "The boat is green.")}) + "\n") * 5000)
+    arguments = ["inspect", str(path), "--tokenizer", str(tokenizer_folder), "--template", "v1", "--json"]
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rayva.cli", *arguments],
+        env={**os.environ, "PYTHONPATH": str(root / "platform")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert json.loads(process.stdout.readline())["status"] == "ok"
+    process.stdout.close()
+    assert "Error" not in process.stderr.read()
+    assert process.wait(timeout=60) == 0

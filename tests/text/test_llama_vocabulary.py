@@ -9,15 +9,18 @@ import shutil
 import struct
 import subprocess
 import tarfile
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rayva.text.conversation import IMAGE, Message
-from rayva.text.encode import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode_sample
+from rayva.text.encode import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode_prompt, encode_sample
 from rayva.text.templates import get_template
+from tests.text.test_masks import conversations, expected_runs, supervised_runs
 
 PACKAGE = "llama-tokenizer-js@1.2.2"
 
@@ -141,6 +144,31 @@ def test_answers_and_their_end_markers_are_supervised(
     assert decoded == [run if name in ("v0", "v1", "llama_2") else run.removeprefix(" ") for run in runs]
     eos = 2 if name in ("v1", "llama_2") else 0
     assert encoded.input_ids.count(llama.eos_token_id) == eos
+
+
+@pytest.mark.parametrize("name", ["v0", "v1", "llama_2", "chatml"])
+def test_random_conversations(
+    name: str,
+    llama: PreTrainedTokenizerBase,
+    decode_in_context: Callable[[PreTrainedTokenizerBase, list[int]], str],
+) -> None:
+    """Supervised are the answers with their end markers; the prompt is what stands before the last answer."""
+    template = get_template(name, llama)
+
+    @settings(max_examples=40, deadline=None)
+    @given(messages=conversations())
+    def check(messages: list[Message]) -> None:
+        encoded = encode_sample(messages, template, llama)
+        decoded = [decode_in_context(llama, run) for run in supervised_runs(encoded)]
+        assert decoded == expected_runs(name, messages, "</s>")
+        last = max(index for index, message in enumerate(messages) if message.role == "assistant")
+        if not messages[last].text and last < len(messages) - 1:
+            return  # v1 and llama_2 write no end marker for it, as the original does
+        prompt = encode_prompt(messages[:last], template, llama)
+        assert encoded.input_ids[: len(prompt)] == prompt
+        assert encoded.labels[len(prompt)] != IGNORE_INDEX
+
+    check()
 
 
 def test_ids_of_a_v1_conversation(llama: PreTrainedTokenizerBase) -> None:

@@ -21,8 +21,9 @@ from rayva.model.vlm import VisionLanguageModel
 from rayva.recipes.schema import Stage
 from rayva.text.templates import get_template
 from rayva.training.dataset import SampleSource, TextSettings
-from rayva.training.loop import Metrics, SavedCheckpoint, TrainJob
+from rayva.training.loop import TrainJob
 from rayva.training.plan import TrainingPlan
+from rayva.training.resume import Metrics, SavedCheckpoint
 
 WORDS = ["red", "blue", "circle", "square", "what", "is", "left", "right", "of", "the", "a", "two", "three"]
 TOKENS_PER_IMAGE, VISION_HIDDEN, TEXT_HIDDEN = 4, 6, 32
@@ -138,6 +139,9 @@ class FolderHooks:
             destination = target / source.relative_to(folder)
             destination.parent.mkdir(parents=True, exist_ok=True)
             destination.write_bytes(source.read_bytes())
+
+    def leaving(self) -> bool:
+        return False
 
     def checkpoints(self) -> Sequence[SavedCheckpoint]:
         return [FolderCheckpoint(folder) for folder in sorted(self.root.glob("checkpoint-*"), reverse=True)]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from rayva.model.folder import load_assistant
-from rayva.training.checkpoint import PROGRESS
+from rayva.training.checkpoint import manifest_name
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_SECONDS = 500
@@ -37,7 +37,7 @@ def _finish(driver: subprocess.Popen[bytes], root: Path) -> None:
 
 
 def _checkpoints(root: Path) -> Iterator[Path]:
-    return root.glob(f"steps/finetune-*/attempts/*/checkpoint_*/{PROGRESS}")
+    return root.glob(f"steps/finetune-*/attempts/*/checkpoint_*/{manifest_name(0)}")
 
 
 def _wait_for_checkpoint(driver: subprocess.Popen[bytes], root: Path) -> None:
@@ -109,5 +109,5 @@ def test_a_killed_worker_is_replaced_and_ends_with_the_same_weights(whole: Path,
     _finish(driver, root)
     steps = _told(root)
     assert steps == list(range(steps[0], 61))  # the worker may have died before its first report
-    assert steps[0] in {1, 6}
+    assert steps[0] % 5 == 1
     assert _weights(root) == _weights(whole)

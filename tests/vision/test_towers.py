@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -53,6 +54,20 @@ def test_features_are_the_hidden_states(
     torch.testing.assert_close(features, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_margin_that_belongs_to_no_patch_is_left_out(kind: Any, tmp_path: Path) -> None:
+    """As in SigLIP so400m: 384 pixels and patches of 14 give 27 x 27 tokens."""
+    side = 4 * PATCH + 5
+    model = save_tower(kind, tmp_path, side=side)
+    tower = load_tower(str(tmp_path), kind, -2)
+    pixels = tower.preprocess([Image.new("RGB", (50, 40), (10, 200, 90))])
+    assert pixels.shape == (1, 3, side, side)
+    with torch.no_grad():
+        expected = model(pixels, output_hidden_states=True).hidden_states[-2]
+    torch.testing.assert_close(tower.encode(pixels), expected[:, 1:] if kind == "clip" else expected)
+    assert tower.num_tokens == 16
+
+
 def test_pixels_may_be_sent_as_bytes(folders: dict[str, tuple[Path, Any]]) -> None:
     tower = load_tower(str(folders["clip"][0]), "clip", -2)
     images = [
@@ -70,6 +85,16 @@ def test_a_vision_folder_and_old_names_give_the_same_features(
     expected = load_tower(str(folders["clip"][0]), "clip", -2).encode(pixels)
     save_tower("clip", tmp_path / "vision", part="vision")
     assert torch.equal(load_tower(str(tmp_path / "vision"), "clip", -2).encode(pixels), expected)
+    # Weights in several parts, and a variant beside them that is not read.
+    parts = tmp_path / "parts"
+    shutil.copytree(folders["clip"][0], parts)
+    tensors = load_file(parts / "model.safetensors")
+    (parts / "model.safetensors").unlink()
+    for number in (0, 1):
+        some = {name: tensors[name] for name in sorted(tensors)[number::2]}
+        save_file(some, parts / f"model-0000{number + 1}-of-00002.safetensors")
+    save_file({"text": torch.zeros(1)}, parts / "model.fp16.safetensors")
+    assert torch.equal(load_tower(str(parts), "clip", -2).encode(pixels), expected)
     # As OpenAI's first checkpoints: PyTorch's format, with the position numbers among the tensors.
     old = tmp_path / "old"
     shutil.copytree(folders["clip"][0], old)
@@ -139,6 +164,50 @@ def test_bad_folders_are_named(folders: dict[str, tuple[Path, Any]], tmp_path: P
             load_tower(str(broken(change)), "clip", -2)
     with pytest.raises(WeightsError, match="no weights folder"):
         load_tower(str(tmp_path / "nowhere"), "clip", -2)
+
+
+def changed_json(path: Path, rng: random.Random) -> None:
+    content = json.loads(path.read_text())
+    section = content.get("vision_config", content) if rng.random() < 0.7 else content
+    key = rng.choice(sorted(section))
+    section[key] = rng.choice([None, -1, 0, 1e30, "x", "14", [], {}, True, 2.5, 10**400, float("nan")])
+    if rng.random() < 0.3:
+        del section[key]
+    path.write_text(json.dumps(content))
+
+
+def damaged(data: bytes, rng: random.Random) -> bytes:
+    at = rng.randrange(min(len(data), rng.choice([100, 3000, len(data)])))
+    noise = bytes(rng.randrange(256) for _ in range(rng.choice([1, 8, 64])))
+    return rng.choice(
+        [data[:at], data[:at] + noise + data[at + len(noise) :], data[:at] + noise + data[at:], b"", data * 2]
+    )
+
+
+def test_damaged_folders_load_or_are_named(folders: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:
+    """Files that are cut, overwritten, doubled or empty, and settings of wrong types and sizes."""
+    torch.save(load_file(folders["clip"][0] / "model.safetensors"), tmp_path / "weights.bin")
+    refused: list[tuple[Path, WeightsError]] = []
+    for seed in range(80):
+        rng = random.Random(seed)
+        folder = tmp_path / f"{seed}"
+        shutil.copytree(folders["clip"][0], folder)
+        if seed % 2:
+            (folder / "model.safetensors").unlink()
+            shutil.copy(tmp_path / "weights.bin", folder / "pytorch_model.bin")
+        files = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".safetensors", ".bin"))
+        file = rng.choice(files)
+        if file.suffix == ".json" and rng.random() < 0.8:
+            changed_json(file, rng)
+        else:
+            file.write_bytes(damaged(file.read_bytes(), rng))
+        try:
+            load_tower(str(folder), "clip", -2)
+        except WeightsError as error:
+            refused.append((folder, error))
+        shutil.rmtree(folder)
+    assert len(refused) > 30
+    assert all(str(folder) in str(error) and error.remedy for folder, error in refused)
 
 
 @pytest.mark.parametrize(

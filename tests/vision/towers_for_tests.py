@@ -21,20 +21,21 @@ _TEXT = {
 }  # fmt: skip
 
 
-def save_tower(kind: str, folder: Path, part: str = "whole", seed: int = 0) -> Any:
+def save_tower(kind: str, folder: Path, part: str = "whole", seed: int = 0, side: int = SIDE) -> Any:
     """Saves a random tower as Hugging Face does; `part` is "whole" (image-text) or "vision".
 
     Returns the vision model, in evaluation mode.
     """
     torch.manual_seed(seed)
+    vision = {**_VISION, "image_size": side}
     if kind == "clip":
-        model: Any = CLIPModel(CLIPConfig(vision_config=_VISION, text_config=_TEXT))
+        model: Any = CLIPModel(CLIPConfig(vision_config=vision, text_config=_TEXT))
         processor: Any = CLIPImageProcessorPil(
-            size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
         )
     else:
-        model = SiglipModel(SiglipConfig(vision_config=_VISION, text_config=_TEXT))
-        processor = SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE})
+        model = SiglipModel(SiglipConfig(vision_config=vision, text_config=_TEXT))
+        processor = SiglipImageProcessorPil(size={"height": side, "width": side})
     with torch.no_grad():  # as initialised, weights are too small for a mistake to show
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)

@@ -9,6 +9,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("rayva.commands.chat", "ask a model about a picture"),
     "inspect": ("rayva.commands.inspect", "show how the rows of a LLaVA JSON file are seen in training"),
     "import": ("rayva.commands.import_", "turn a LLaVA checkpoint of another program into a model folder"),
+    "score": ("rayva.commands.score", "score files of predictions or reviews, as JSON"),
+    "compare": ("rayva.commands.compare", "compare evaluations, with intervals and examples"),
     "export": ("rayva.commands.export", "write a model folder in another format"),
 }
 """Module and one line of help, by the command's name."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import re
 import sys
@@ -18,15 +19,15 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, TextIO, cast
 
 from rayva.data.json_rows import JsonRow, read_json_rows
-from rayva.data.llava_json import parse_row
+from rayva.data.llava_json import collapse_markers, count_markers, parse_row, row_name
 from rayva.data.locations import ImageFolder
-from rayva.data.quarantine import BadRow
+from rayva.data.quarantine import BadRow, printable
 from rayva.data.schema import IMAGE_PLACEHOLDER, Role, Turn
+from rayva.progress import Progress
 from rayva.text.conversation import (
     BadConversation,
     ImagePosition,
     Message,
-    collapse_markers,
     messages_from_turns,
     place_image,
 )
@@ -37,11 +38,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Status = Literal["ok", "truncated", "rejected"]
+OverLength = Literal["truncate", "drop"]
 _BARS = 10
 _BAR_WIDTH = 40
 _SHOWN = 1500
 """Characters of a prompt, and tokens of a row, that the report shows."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is less than none")
+    return number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,15 +68,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where images stand in their turns (default: front, as LLaVA 1.0 and later)",
     )
     parser.add_argument("--system", help="replaces the template's system message; '' leaves it out")
-    parser.add_argument("--max-tokens", type=int, default=2048, help="longest sequence (default: 2048)")
+    parser.add_argument("--max-tokens", type=_count, default=2048, help="longest sequence (default: 2048)")
     parser.add_argument(
         "--image-tokens",
-        type=int,
+        type=_count,
         default=256,
         help="visual tokens of an image (default: 256, CLIP at 224 px)",
     )
-    parser.add_argument("--rows", type=int, metavar="N", help="reads the first N rows only")
-    parser.add_argument("--show", type=int, default=3, metavar="N", help="rows shown in full (default: 3)")
+    parser.add_argument(
+        "--over-length",
+        choices=("truncate", "drop"),
+        default="truncate",
+        help="what becomes of longer rows, as conversation.over_length of a recipe (default: truncate)",
+    )
+    parser.add_argument(
+        "--limit", "--rows", type=_count, dest="limit", metavar="N", help="reads the first N rows only"
+    )
+    parser.add_argument("--show", type=_count, default=3, metavar="N", help="rows shown in full (default: 3)")
     parser.add_argument("--seed", type=int, default=0, help="of --image-position random")
 
 
@@ -101,26 +118,27 @@ class Inspector:
         image_position: ImagePosition = "front",
         max_tokens: int = 2048,
         image_tokens: int = 256,
+        over_length: OverLength = "truncate",
         images: str | None = None,
         seed: int = 0,
     ) -> None:
         self._tokenizer, self._template = tokenizer, template
         self._position: ImagePosition = image_position
         self._max_tokens, self._image_tokens = max_tokens, image_tokens
+        self._over_length = over_length
         self._folder = ImageFolder(images) if images else None
         self._rng = random.Random(seed)
 
     def inspect(self, row: JsonRow) -> Inspected:
         """Encodes one row; whatever is wrong with it becomes its status and reason."""
-        row_id, reason, detail = f"row-{row.index}", None, ""
-        if isinstance(row.value, dict) and row.value.get("id") not in (None, ""):
-            row_id = str(row.value["id"])
+        row_id, reason, detail = _row_id(row), None, ""
         try:
-            self._check(row)
-        except BadRow as error:
-            reason, detail = error.reason, error.detail
-        try:
-            messages = place_image(_lenient_messages(row.value), self._position, self._rng)
+            try:
+                messages = self._messages(row)
+            except BadRow as error:
+                reason, detail = error.reason, error.detail
+                messages = _lenient_messages(row.value)
+            messages = place_image(messages, self._position, self._rng)
             encoded = encode_sample(messages, self._template, self._tokenizer)
         except BadConversation as error:
             reason, detail = reason or error.reason, detail or error.what
@@ -130,12 +148,13 @@ class Inspector:
             return Inspected(row_id, encoded, length, kept, supervised, "rejected", reason, detail)
         if length <= self._max_tokens:
             return Inspected(row_id, encoded, length, kept, supervised, "ok")
-        if IMAGE_TOKEN_INDEX not in encoded.input_ids:
+        status: Status = "rejected" if self._over_length == "drop" else "truncated"
+        if IMAGE_TOKEN_INDEX not in encoded.input_ids and status == "truncated":
             # With images the cut depends on the vision tower: such rows are shown whole.
             cut = slice(self._max_tokens)
             encoded = Encoded(encoded.input_ids[cut], encoded.labels[cut], encoded.prompt)
         detail = f"{length} tokens, {self._max_tokens} allowed"
-        return Inspected(row_id, encoded, length, kept, supervised, "truncated", "over_max_tokens", detail)
+        return Inspected(row_id, encoded, length, kept, supervised, status, "over_max_tokens", detail)
 
     def _measure(self, encoded: Encoded) -> tuple[int, int, int]:
         """Length with images in place, how much of it is kept, and how much of that is supervised."""
@@ -145,21 +164,30 @@ class Inspector:
             supervised += label != IGNORE_INDEX and length <= self._max_tokens
         return length, min(length, self._max_tokens), supervised
 
-    def _check(self, row: JsonRow) -> None:
-        """Raises BadRow where the data step would quarantine the row."""
+    def _messages(self, row: JsonRow) -> list[Message]:
+        """What training makes of the row; raises BadRow where the data step would quarantine it."""
         if row.error:
             raise BadRow("not_json", row.error)
         parsed = parse_row(row.value)
         if self._folder:
             for image in parsed.images:
                 self._folder.resolve(image)
+        return messages_from_turns(parsed.turns, len(parsed.images))
+
+
+def _row_id(row: JsonRow) -> str:
+    try:
+        named = row_name(row.value) if isinstance(row.value, dict) else None
+    except BadRow:
+        named = printable(str(row.value["id"]))
+    return named or f"row-{row.index}"
 
 
 def _lenient_messages(value: object) -> list[Message]:
-    """Messages of a row, even of one that will be rejected.
+    """Messages of a row that will be rejected, so that one can see what it holds.
 
-    Where a row has more markers than images, a turn's repeated markers count once, as the original
-    reads them.
+    Where it has more markers than images, a turn's repeated markers count once, as the original reads
+    them.
 
     Raises:
         BadConversation: there is no conversation to be found in the row.
@@ -169,15 +197,9 @@ def _lenient_messages(value: object) -> list[Message]:
     n_images = len(images) if isinstance(images, list) else int(bool(images))
     if not n_images:
         return messages_from_turns(turns, 0)
-    markers = _count_markers(turns)
-    if markers > n_images:
-        turns = collapse_markers(turns)
-        markers = _count_markers(turns)
-    return messages_from_turns(turns, markers or n_images)
-
-
-def _count_markers(turns: Iterable[Turn]) -> int:
-    return sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "human")
+    if count_markers(turns) > n_images:
+        turns = list(collapse_markers(turns))
+    return messages_from_turns(turns, count_markers(turns) or n_images)
 
 
 def _lenient_turns(value: object) -> list[Turn]:
@@ -201,16 +223,33 @@ def run(options: argparse.Namespace) -> int:
         image_position=options.image_position,
         max_tokens=options.max_tokens,
         image_tokens=options.image_tokens,
+        over_length=options.over_length,
         images=options.images,
         seed=options.seed,
     )
-    rows = islice(read_json_rows(options.data, "DATA.json"), options.rows)
-    inspected = (inspector.inspect(row) for row in rows)
-    if options.json:
-        write_json(inspected, sys.stdout)
-    else:
-        write_report(inspected, sys.stdout, tokenizer, options.show, options.max_tokens)
+    rows = islice(read_json_rows(options.data, "DATA.json"), options.limit)
+    inspected = _counted(inspector.inspect(row) for row in rows)
+    try:
+        if options.json:
+            write_json(inspected, sys.stdout)
+        else:
+            write_report(inspected, sys.stdout, tokenizer, options.show, options.max_tokens)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough; what Python still holds back is written nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _counted(rows: Iterator[Inspected]) -> Iterator[Inspected]:
+    """The same rows; tells a terminal how many they are by now."""
+    if not sys.stderr.isatty():
+        yield from rows
+        return
+    with Progress("inspect", None, "rows") as progress:
+        for row in rows:
+            yield row
+            progress.advance()
 
 
 def write_json(rows: Iterable[Inspected], out: TextIO) -> None:
@@ -232,6 +271,7 @@ class _Totals:
     rows: int = 0
     tokens: int = 0
     supervised: int = 0
+    unsupervised: int = 0
     lengths: list[int] = field(default_factory=list)
     truncated: Counter[str] = field(default_factory=Counter)
     rejected: Counter[str] = field(default_factory=Counter)
@@ -246,13 +286,15 @@ class _Totals:
         self.lengths.append(row.length)
         self.tokens += row.kept
         self.supervised += row.supervised
+        self.unsupervised += not row.supervised
 
 
 def write_report(
     rows: Iterable[Inspected], out: TextIO, tokenizer: PreTrainedTokenizerBase, show: int, max_tokens: int
 ) -> None:
     """The first `show` rows in full, the first of each reason for trouble, then figures over all."""
-    marks = ("\033[32m", "\033[0m") if out.isatty() else ("{", "}")
+    colour = out.isatty() and not os.environ.get("NO_COLOR")
+    marks = ("\033[32m", "\033[0m") if colour else ("{", "}")
     totals = _Totals()
     for row in rows:
         first = row.reason and not (totals.truncated[row.reason] or totals.rejected[row.reason])
@@ -264,7 +306,7 @@ def write_report(
 
 def _row_lines(row: Inspected, tokenizer: PreTrainedTokenizerBase, marks: tuple[str, str]) -> Iterator[str]:
     why = f" ({row.reason}: {row.detail})" if row.reason else ""
-    yield f"== {row.row_id}: {row.status}{why}"
+    yield _printable(f"== {row.row_id}: {row.status}{why}").replace("\n", "\\n")
     yield f"   {row.length} tokens with images, {row.supervised} supervised"
     if not row.encoded.input_ids:
         return
@@ -312,6 +354,8 @@ def _figures(totals: _Totals, max_tokens: int) -> Iterator[str]:
         yield f"  rejected {count:,}: {reason}"
     for _, count in totals.truncated.most_common():
         yield f"  truncated {count:,}: over {max_tokens:,} tokens with images"
+    if totals.unsupervised:
+        yield f"  nothing is supervised in {totals.unsupervised:,} usable rows"
     if not kept:
         return
     share = 100 * totals.supervised / totals.tokens

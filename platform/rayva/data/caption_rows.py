@@ -160,11 +160,29 @@ def _read_tables(uris: Sequence[str]) -> Iterator[Value]:
                 _check_columns(uri, names)
                 wanted = [n for n in names if n in (*IMAGE_COLUMNS, *CAPTION_COLUMNS, *ID_COLUMNS)]
                 for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=wanted):
-                    for row in batch.to_pylist():
-                        yield index, row, None
+                    for row, fault in _rows_of(batch):
+                        yield index, row, fault
                         index += 1
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{uri} is not a readable Parquet table: {error}", "write it again") from error
+
+
+def _rows_of(batch: pa.RecordBatch) -> Iterator[tuple[object, BadRow | None]]:
+    """The rows of a batch; one that has no Python form (its text is not UTF-8, say) has a fault instead."""
+    try:
+        rows = batch.to_pylist()
+    except (ValueError, OverflowError):
+        rows = None  # one of them; which, is found below
+    if rows is not None:
+        yield from ((row, None) for row in rows)
+        return
+    for start in range(batch.num_rows):
+        try:
+            (row,) = batch.slice(start, 1).to_pylist()
+        except (ValueError, OverflowError) as error:
+            yield None, BadRow("invalid_text", f"a value cannot be read: {error}")
+        else:
+            yield row, None
 
 
 def _check_columns(uri: str, names: Sequence[str]) -> None:

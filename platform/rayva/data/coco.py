@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from rayva.data.json_rows import read_json_rows
@@ -37,19 +38,59 @@ def read_coco(
     Raises:
         DataError: a file is missing, not JSON, or not in COCO's form.
     """
+    folder = ImageFolder(images)
+    for annotated in coco_annotations(captions, instances):
+        row_id = str(annotated.image.get("id"))
+        try:
+            name = annotated.image.get("file_name")
+            if not isinstance(name, str):
+                raise BadRow("bad_image_field", "the image has no file_name")
+            yield _complete(name, tuple(annotated.captions), annotated.instances(), folder, split)
+        except BadRow as error:
+            rejects.append(rejected(captions, row_id, error))
+
+
+@dataclass(frozen=True)
+class AnnotatedImage:
+    """One image of COCO's annotation files with its raw annotations."""
+
+    image: dict[str, Any]
+    captions: list[str]
+    boxes: list[dict[str, Any]]
+    names: dict[str, str]
+    """Category names by id."""
+
+    def instances(self) -> list[Instance]:
+        """Its objects; crowd regions are left out. Raises `BadRow` for a bad box or category."""
+        found = []
+        for annotation in self.boxes:
+            if annotation.get("iscrowd"):
+                continue
+            name = self.names.get(str(annotation.get("category_id")))
+            if name is None:
+                raise BadRow("unknown_category", f"category_id {annotation.get('category_id')!r}")
+            sides = self.image.get("width"), self.image.get("height")
+            box = normalise_box(annotation.get("bbox"), *sides)
+            found.append(Instance(checked_text(name), box))
+        return found
+
+
+def coco_annotations(captions: str, instances: str | None) -> Iterator[AnnotatedImage]:
+    """Joins COCO's captions and instances by image.
+
+    Raises:
+        DataError: a file is missing, not JSON, or not in COCO's form.
+    """
     listed, captions_of = _annotations(captions, "captions")
     boxes_of: dict[str, list[dict[str, Any]]] = {}
     names: dict[str, str] = {}
     if instances is not None:
         more, boxes_of = _annotations(instances, "instances")
         names = {str(c.get("id")): str(c.get("name")) for c in _section(instances, more, "categories")}
-    folder = ImageFolder(images)
     for image in _section(captions, listed, "images"):
-        row_id = str(image.get("id"))
-        try:
-            yield _record(image, captions_of, boxes_of, names, folder, split)
-        except BadRow as error:
-            rejects.append(rejected(captions, row_id, error))
+        key = str(image.get("id"))
+        texts = [str(a.get("caption", "")).strip() for a in captions_of.get(key, ())]
+        yield AnnotatedImage(image, texts, boxes_of.get(key, []), names)
 
 
 def read_caption_boxes(uri: str, images: str, split: Split, rejects: list[Rejected]) -> Iterator[ImageRecord]:
@@ -77,28 +118,12 @@ def normalise_box(bbox: object, width: object, height: object) -> Box:
     return _valid((x / sides[0], y / sides[1], (x + w) / sides[0], (y + h) / sides[1]))
 
 
-def _record(
-    image: dict[str, Any],
-    captions_of: dict[str, list[dict[str, Any]]],
-    boxes_of: dict[str, list[dict[str, Any]]],
-    names: dict[str, str],
-    folder: ImageFolder,
-    split: Split,
-) -> ImageRecord:
-    if not isinstance(image.get("file_name"), str):
-        raise BadRow("bad_image_field", "the image has no file_name")
-    key = str(image.get("id"))
-    texts = tuple(str(a.get("caption", "")).strip() for a in captions_of.get(key, ()))
-    found: list[Instance] = []
-    for annotation in boxes_of.get(key, ()):
-        if annotation.get("iscrowd"):
-            continue
-        name = names.get(str(annotation.get("category_id")))
-        if name is None:
-            raise BadRow("unknown_category", f"category_id {annotation.get('category_id')!r}")
-        box = normalise_box(annotation.get("bbox"), image.get("width"), image.get("height"))
-        found.append(Instance(checked_text(name), box))
-    return _complete(image["file_name"], texts, found, folder, split)
+def read_box(box: object) -> Box:
+    """A normalised box of a JSON row as (x1, y1, x2, y2), clipped to the picture; else `BadRow`."""
+    if not isinstance(box, list) or len(box) != 4:
+        raise BadRow("bad_box", f"{box!r} is no box")
+    x1, y1, x2, y2 = (_number(v) for v in box)
+    return _valid((x1, y1, x2, y2))
 
 
 def _record_of_row(row: dict[str, Any], folder: ImageFolder, split: Split) -> ImageRecord:
@@ -111,11 +136,7 @@ def _record_of_row(row: dict[str, Any], folder: ImageFolder, split: Split) -> Im
     for instance in instances:
         if not isinstance(instance, dict) or not isinstance(instance.get("category"), str):
             raise BadRow("unknown_category", f"{instance!r} has no category")
-        box = instance.get("bbox")
-        if not isinstance(box, list) or len(box) != 4:
-            raise BadRow("bad_box", f"{box!r} is no box")
-        x1, y1, x2, y2 = (_number(v) for v in box)
-        found.append(Instance(checked_text(instance["category"]), _valid((x1, y1, x2, y2))))
+        found.append(Instance(checked_text(instance["category"]), read_box(instance.get("bbox"))))
     return _complete(row["image"], tuple(str(c).strip() for c in captions), found, folder, split)
 
 

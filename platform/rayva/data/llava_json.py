@@ -7,8 +7,8 @@ images, ids that are missing or repeated. Rows that cannot be used are quarantin
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 from rayva.data.bundle import DatasetBundle, Lazy
@@ -45,24 +45,50 @@ class LlavaRow:
 def parse_row(value: object) -> LlavaRow:
     """Checks one row of LLaVA JSON.
 
-    A leading `gpt` turn is left out, as the original does, because it answers nothing. Rows without
-    images may hold the text `<image>`; in rows with images every `<image>` needs its image.
+    No row is refused for what is said in it: empty turns, a last question without answer and an
+    answer before the first question stay, and the template decides how they are written. Rows without
+    images may hold the text `<image>`; in rows with images every `<image>` needs its image, where
+    repetitions within a turn count once if there are too many, as the original reads them.
 
     Raises:
         BadRow: with reason "not_an_object", "no_conversations", "malformed_turn", "unknown_role",
-            "roles_do_not_alternate", "empty", "no_answer", "invalid_text", "bad_image_field",
+            "roles_do_not_alternate", "no_answer", "invalid_text", "bad_image_field",
             "more_images_in_text_than_given" or "more_images_given_than_in_text".
     """
     if not isinstance(value, dict):
         raise BadRow("not_an_object", f"the row is a {type(value).__name__}")
     turns = _parse_turns(value.get("conversations"))
     images = _parse_images(value.get("image"))
-    _check_markers(turns, len(images))
-    if not images and not turns[0].text.strip():
-        raise BadRow("empty", "the first question is empty and there is no image")
+    turns = _matched_markers(turns, len(images))
+    return LlavaRow(row_name(value), images, turns)
+
+
+def row_name(value: dict[str, object]) -> str | None:
+    """The row's own id as text; None where it has none.
+
+    Raises:
+        BadRow: "invalid_text" where UTF-8 cannot hold it.
+    """
     row_id = value.get("id")
     usable = isinstance(row_id, (str, int)) and not isinstance(row_id, bool) and str(row_id)
-    return LlavaRow(checked_text(str(row_id)) if usable else None, images, turns)
+    return checked_text(str(row_id)) if usable else None
+
+
+def count_markers(turns: Iterable[Turn]) -> int:
+    """Number of `<image>` in human turns; in answers it is text."""
+    return sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "human")
+
+
+def collapse_markers(turns: Iterable[Turn]) -> tuple[Turn, ...]:
+    """Turns in which every human turn has at most one `<image>`: how the original reads repeated ones."""
+    return tuple(
+        replace(turn, text=_first_marker_only(turn.text)) if turn.role == "human" else turn for turn in turns
+    )
+
+
+def _first_marker_only(text: str) -> str:
+    before, marker, after = text.partition(IMAGE_PLACEHOLDER)
+    return before + marker + after.replace(IMAGE_PLACEHOLDER, "")
 
 
 def build(data: Data) -> DatasetBundle:
@@ -164,13 +190,14 @@ def _questions(file: _File) -> Iterator[Question]:
 
 
 def _question(row: _Located) -> Question | None:
-    """The row's first exchange as a question, where it is about one image and its answer is short.
+    """The row's first exchange as a question, where it is about one image and has a short answer.
 
     Later exchanges may lean on earlier ones, so they are not asked on their own.
     """
-    asked, answer = row.sample.turns[0].text, row.sample.turns[1].text.strip()
+    first = _first_question(row.sample.turns)
+    asked, answer = row.sample.turns[first].text, row.sample.turns[first + 1].text.strip()
     text = asked.replace(IMAGE_PLACEHOLDER, "").strip()
-    if len(row.uris) != 1 or not text or len(answer.split()) > SHORT_ANSWER_WORDS:
+    if len(row.uris) != 1 or not text or not 1 <= len(answer.split()) <= SHORT_ANSWER_WORDS:
         return None
     return Question(
         question_id=row.sample.sample_id,
@@ -199,16 +226,17 @@ def _parse_turns(value: object) -> tuple[Turn, ...]:
         role = turn.get("from")
         if role not in ("human", "gpt"):
             raise BadRow("unknown_role", f"turn {number} is from {role!r}, not human or gpt")
-        if number == 0 and role == "gpt":
-            continue
-        if role != ("human", "gpt")[len(turns) % 2]:
+        if turns and role == turns[-1].role:
             raise BadRow("roles_do_not_alternate", f"turn {number} is from {role} again")
-        if role == "gpt" and not turn["value"].strip():
-            raise BadRow("empty", f"turn {number}, an answer, is empty")
         turns.append(Turn(cast(Role, role), checked_text(turn["value"])))
-    if len(turns) < 2:
+    if len(turns) < _first_question(turns) + 2:
         raise BadRow("no_answer", "no question has an answer")
     return tuple(turns)
+
+
+def _first_question(turns: Sequence[Turn]) -> int:
+    """Index of the first human turn: the second turn where an answer leads."""
+    return int(turns[0].role == "gpt")
 
 
 def _parse_images(value: object) -> tuple[str, ...]:
@@ -222,9 +250,14 @@ def _parse_images(value: object) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _check_markers(turns: tuple[Turn, ...], images: int) -> None:
-    markers = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in turns if turn.role == "human")
+def _matched_markers(turns: tuple[Turn, ...], images: int) -> tuple[Turn, ...]:
+    """The turns with as many `<image>` as there are images, or with none."""
+    markers = count_markers(turns)
     if images and markers > images:
+        collapsed = collapse_markers(turns)
+        if count_markers(collapsed) == images:
+            return collapsed
         raise BadRow("more_images_in_text_than_given", f"{markers} {IMAGE_PLACEHOLDER} for {images} images")
     if 0 < markers < images:
         raise BadRow("more_images_given_than_in_text", f"{markers} {IMAGE_PLACEHOLDER} for {images} images")
+    return turns

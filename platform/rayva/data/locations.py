@@ -101,10 +101,13 @@ class ImageFolder:
         """The URI of the image `name`.
 
         Raises:
-            BadRow: "bad_image_field" for a name no file can have, "missing_image" for an absent file.
+            BadRow: "bad_image_field" for a name that no file can have or that leads out of the folder,
+                "missing_image" for an absent file.
         """
         if not name or "\0" in name:
             raise BadRow("bad_image_field", f"{name!r} is no file name")
+        if os.path.normpath(name).split(os.sep)[0] == os.pardir:
+            raise BadRow("bad_image_field", f"{name!r} leads out of the image folder")
         uri = join(self.root, name)
         if is_local(uri) and not self._exists(uri.removeprefix("file://")):
             raise BadRow("missing_image", f"there is no file {uri}")

@@ -37,13 +37,20 @@ _BATCH_BYTES = 32 * 1024 * 1024
 
 
 def write_records(storage: Storage, rel: str, kind: type[Record], records: Iterable[Record]) -> int:
-    """Writes `records` as the Parquet file `rel`; returns how many there were (none is fine)."""
+    """Writes `records` as the Parquet file `rel`; returns how many there were (none is fine).
+
+    Where `records` fails, no file is left: it would look like a whole table.
+    """
     schema = _SCHEMAS[kind]
     total = 0
-    with storage.open(rel, "wb") as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
-        for rows in _batches(records):
-            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
-            total += len(rows)
+    try:
+        with storage.open(rel, "wb") as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+            for rows in _batches(records):
+                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
+                total += len(rows)
+    except BaseException:
+        storage.delete(rel)
+        raise
     return total
 
 

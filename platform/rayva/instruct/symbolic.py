@@ -15,6 +15,7 @@ from typing import Literal
 
 from rayva.data.places import PHRASES, place_name
 from rayva.data.schema import IMAGE_PLACEHOLDER, ImageRecord, Instance, Turn
+from rayva.instruct.contexts import Context, Kind
 
 ResponseType = Literal["conversation", "detail", "complex"]
 
@@ -282,3 +283,46 @@ def respond(record: ImageRecord, kind: ResponseType, seed: int, most: int = 3) -
         prefix = f"{IMAGE_PLACEHOLDER}\n" if number == 0 else ""
         written += [Turn("human", prefix + question), Turn("gpt", answer)]
     return tuple(written)
+
+
+def symbolic_answer(kind: Kind, context: Context, seed: int) -> str:
+    """What the symbolic teacher writes about a context, in the format that `parse` reads.
+
+    What the boxes settle is asked about; without boxes, or where they settle nothing, the captions are told.
+    """
+    record = ImageRecord(context.image, "train", captions=context.captions, instances=context.instances)
+    rng = random.Random(f"{seed}/{kind}/{context.id}")
+    if kind == "detail":
+        return detail(record, rng) if context.instances else " ".join(_sentence(c) for c in context.captions)
+    if kind == "conversation":
+        asked = questions(record, rng, 3, TAUGHT) or _told(context, rng)
+    else:
+        reasoned = complex_reasoning(record, rng)
+        asked = [reasoned] if reasoned else [_compared(context, rng)]
+    return "\n===\n".join(f"Question:\n{q.question}\n===\nAnswer:\n{q.answer}" for q in asked)
+
+
+def _told(context: Context, rng: random.Random) -> list[QuestionAnswer]:
+    question = rng.choice(("What does the picture show?", "What can be seen here?", "What is going on here?"))
+    return [QuestionAnswer("caption", question, _sentence(rng.choice(context.captions)))]
+
+
+def _compared(context: Context, rng: random.Random) -> QuestionAnswer:
+    """Reasoning from captions alone: what several people saw is what stands out."""
+    first, *others = rng.sample(context.captions, len(context.captions))
+    shared = [
+        word for word in _nouns(first) if sum(word in _nouns(other) for other in others) * 2 >= len(others)
+    ]
+    question = "What would most people who look at this picture notice first, and why?"
+    seen = f" What stands out is: {', '.join(shared[:3])}." if shared and others else ""
+    return QuestionAnswer("complex", question, f"{_sentence(first)}{seen} It is what the scene is about.")
+
+
+def _nouns(text: str) -> list[str]:
+    """Words long enough to mean something."""
+    return [word.strip(".,").lower() for word in text.split() if len(word.strip(".,")) > 3]
+
+
+def _sentence(text: str) -> str:
+    text = text.strip()
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rayva.errors import DataError
-from rayva.text.encode import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from rayva.text.special import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 
 class ImageCountError(DataError):

@@ -28,7 +28,7 @@ from rayva.model.language import eos_token_ids, load_language_model, load_tokeni
 from rayva.model.projector import ProjectorKind, build_projector, load_projector
 from rayva.model.vlm import VisionLanguageModel
 from rayva.text.conversation import Message
-from rayva.text.encode import encode_prompt
+from rayva.text.encode import encode_begun, encode_prompt
 from rayva.text.image_markers import MarkedImages
 from rayva.text.templates import Template, get_template
 from rayva.vision.towers import VisionTower, load_tower
@@ -160,15 +160,18 @@ class Assistant:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
+        begun: Sequence[str] | None = None,
     ) -> list[str]:
         """Answers each conversation; `features[i]` holds [N, D] for each image of `prompts[i]`, in order.
 
+        Where `begun[i]` is not empty, the assistant has already said that and goes on from there.
         Raises `ImageCountError` where a conversation's images and features differ in number.
         """
         if not prompts:
             return []
         sampling = self._sampling(max_new_tokens, temperature, top_p, seed)
-        return generate(self.model, self._batch(prompts, features), sampling, self.tokenizer)
+        batch = self._batch(prompts, features, begun)
+        return generate(self.model, batch, sampling, self.tokenizer)
 
     def stream(
         self,
@@ -188,10 +191,18 @@ class Assistant:
         ids = encode_prompt(list(prompt), self.template, self.tokenizer)
         return len(expand_images(ids, None, self.settings.vision.tokens)[0])
 
-    def _batch(self, prompts: Sequence[Sequence[Message]], features: Sequence[Sequence[Tensor]]) -> Batch:
+    def _batch(
+        self,
+        prompts: Sequence[Sequence[Message]],
+        features: Sequence[Sequence[Tensor]],
+        begun: Sequence[str] | None = None,
+    ) -> Batch:
         rows = []
-        for prompt, images in zip(prompts, features, strict=True):
-            ids = encode_prompt(list(prompt), self.template, self.tokenizer)
+        for prompt, images, said in zip(prompts, features, begun or [""] * len(prompts), strict=True):
+            if said:
+                ids = encode_begun(list(prompt), said, self.template, self.tokenizer)
+            else:
+                ids = encode_prompt(list(prompt), self.template, self.tokenizer)
             ids, labels = expand_images(ids, None, self.settings.vision.tokens)
             rows.append(Row(ids, labels, torch.cat(list(images)) if images else None))
         return collate(rows, self.model.vision_hidden, left=True).to(self.device)

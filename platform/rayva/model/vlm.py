@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from rayva.model.batch import Batch, ImageCountError
-from rayva.text.encode import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from rayva.text.special import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 _LOGITS_AT_ONCE = 2**24
 """Logits that exist at the same time, in elements (64 MiB in fp32)."""

@@ -134,8 +134,10 @@ def _check(data: Data, outputs: dict[str, Any]) -> None:
         logger.warning("%s rows were quarantined: %s", sum(outputs["quarantined"].values()), reasons)
     for stage in ("pretrain", "finetune"):
         if not outputs[stage]:
+            file = getattr(data, f"{stage}_json" if data.source == "llava" else "captions")
+            where = f" ({file})" if file else ""
             raise DataError(
-                f"The source {data.source!r} gives no usable sample for {stage}"
+                f"The source {data.source!r}{where} gives no usable sample for {stage}"
                 + (f" (quarantined: {reasons})" if reasons else ""),
                 "see quarantine.parquet in the data step's folder for each row's reason, and mend the input",
             )

@@ -216,5 +216,5 @@ def _start_replicas(exam: Exam, num_batches: int) -> list[Any]:
         max_task_retries=scaling.max_failures,
         scheduling_strategy="SPREAD",
     )
-    count = min(max(int(room), scaling.workers), wanted)
+    count = min(max(int(room), scaling.min_workers), wanted)
     return [actor.remote(exam, int(cpus)) for _ in range(count)]

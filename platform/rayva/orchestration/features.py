@@ -10,10 +10,8 @@ images than the last one, encodes only what the store lacks.
 from __future__ import annotations
 
 import collections
-import contextlib
 import io
 import itertools
-import logging
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
-from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.data import ActorPoolStrategy, Dataset
 from ray.data.block import Block, BlockAccessor
 
 from rayva.data.schema import REJECTED
@@ -33,6 +31,7 @@ from rayva.features.images import Failure, ImageTable, Limits
 from rayva.features.shards import ShardWriter, to_float16
 from rayva.features.store import FeatureStore, StoreLayout, prepare_store
 from rayva.orchestration.pipeline import StepContext, StepResult
+from rayva.orchestration.ray_data import data_context
 from rayva.progress import Progress, say
 from rayva.recipes.schema import Features, Vision
 from rayva.steps import StepFolder
@@ -46,8 +45,6 @@ if TYPE_CHECKING:
 IMAGE_KEYS = pa.schema([("image_id", pa.string()), ("key", pa.string())])
 _PLACE = [("row_group", pa.int64()), ("row", pa.int64())]
 _SCANNED = pa.schema([*_PLACE, *((name, pa.string()) for name in ("image_id", "key", "reason", "detail"))])
-# Rayva tells of progress itself; Ray Data's own word on it would come between.
-_NOISE = ("ray.data._internal.progress", "ray.data._internal.execution.streaming_executor")
 _BATCHES_PER_TASK = 4
 _APPENDS_IN_FLIGHT = 2
 _DECODER_BYTES = 512 << 20
@@ -143,21 +140,6 @@ def _pieces(places: pa.Table, rows: int) -> list[pa.Table]:
     ]
 
 
-@contextlib.contextmanager
-def _data_context(block_bytes: int) -> Iterator[None]:
-    """Settings of Ray Data for the datasets made inside: small blocks, so that stages overlap; no bars."""
-    for name in _NOISE:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    context = DataContext.get_current().copy()
-    context.target_max_block_size = block_bytes
-    # The exception itself, not Ray Data's wrapper, which loses what it wraps on the way to this process.
-    context.raise_original_map_exception = True
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    with DataContext.current(context):
-        yield
-
-
 def _scan(table: ImageTable, features: Features, decode: bool) -> pa.Table:
     """A key, or the reason why there is none, for each row of `table`, in the table's order (_SCANNED)."""
     counts = table.row_groups()
@@ -170,7 +152,7 @@ def _scan(table: ImageTable, features: Features, decode: bool) -> pa.Table:
     )
     if places.num_rows == 0:
         return _SCANNED.empty_table()
-    with _data_context(1 << 20):
+    with data_context(1 << 20):
         dataset = ray.data.from_arrow(_pieces(places, features.batch_size * _BATCHES_PER_TASK)).map_batches(
             _scan_piece,
             batch_size=None,
@@ -259,7 +241,7 @@ def _encoded(
     """The lazy dataset of features: columns key, reason (empty if good), detail, feature [N, D] float16."""
     preprocessing = tower.spec.preprocessing
     batches = math.ceil(new.num_rows / features.batch_size)
-    with _data_context(block_bytes=features.batch_size * preprocessing.image_size**2 * 3):
+    with data_context(block_bytes=features.batch_size * preprocessing.image_size**2 * 3):
         pixels = ray.data.from_arrow(_pieces(new, features.batch_size * _BATCHES_PER_TASK)).map_batches(
             _decode_piece,
             batch_size=None,

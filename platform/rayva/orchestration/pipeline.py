@@ -92,7 +92,10 @@ class Step:
 
 def _stage(name: str) -> Settings:
     """A training stage's slice. How the work is split does not change the result, so it stays out."""
-    split = ("micro_batch_size", "gradient_checkpointing", "checkpoint_every", "keep_checkpoints")
+    split = (
+        "micro_batch_size", "gradient_checkpointing", "checkpoint_every", "checkpoint_minutes",
+        "keep_checkpoints", "keep_best",
+    )  # fmt: skip
     template = "conversation.template" if name == "pretrain" else "conversation.pretrain_template"
     return pick(
         "projector", "conversation", name,

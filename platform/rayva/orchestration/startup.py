@@ -137,7 +137,7 @@ def check_capacity(recipe: Recipe) -> None:
     }
     scaling, features = recipe.scaling, recipe.features
     _check_group(
-        total, "training workers", ("scaling.workers", scaling.workers),
+        total, "training workers", ("scaling.workers", scaling.min_workers),
         {"CPU": ("scaling.cpus_per_worker", scaling.cpus_per_worker),
          "GPU": ("scaling.gpus_per_worker", scaling.gpus_per_worker)},
     )  # fmt: skip
@@ -187,9 +187,9 @@ def _check_placement(recipe: Recipe, nodes: list[dict[str, float]]) -> None:
     fitting = sum(
         min(int(node.get(kind, 0.0) / amount + 1e-4) for kind, amount in needed.items()) for node in nodes
     )
-    if fitting < scaling.workers:
+    if fitting < scaling.min_workers:
         raise CapacityError(
-            f"The recipe asks for {scaling.workers} training workers of {each['CPU']:g} CPUs and "
+            f"The recipe asks for {scaling.min_workers} training workers of {each['CPU']:g} CPUs and "
             f"{each['GPU']:g} GPUs each, but the cluster's nodes have room for {fitting}.",
             f"set scaling.workers={max(fitting, 1)}, or lower scaling.cpus_per_worker or "
             "scaling.gpus_per_worker",

@@ -7,22 +7,20 @@ driver empties it. So only the driver talks to the tracker and to people.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
+import torch.distributed as dist
 from ray.train import Checkpoint, UserCallback
 
 from rayva.errors import RayvaError
-from rayva.storage import Storage
-from rayva.training.checkpoint import PROGRESS
+from rayva.training.store import CheckpointStore
 
 if TYPE_CHECKING:
-    from rayva.training.loop import SavedCheckpoint
+    from rayva.training.resume import SavedCheckpoint
 
 logger = logging.getLogger(__name__)
 
@@ -69,68 +67,42 @@ class MetricsCallback(UserCallback):  # type: ignore[misc]  # ray has no types
         self._mailbox.add.remote(metrics[0]["steps"], metrics[0]["steps_total"])
 
 
-@dataclass(frozen=True, slots=True)
-class StoredCheckpoint:
-    """A checkpoint that Ray Train stored in an attempt of this stage."""
-
-    storage: Storage
-    rel: str
-
-    @property
-    def name(self) -> str:
-        return self.rel
-
-    @contextmanager
-    def open(self) -> Iterator[Path]:
-        yield self.storage.localize(self.rel)
-
-    def step(self) -> int | None:
-        """Steps done; None where the checkpoint was not finished."""
-        path = f"{self.rel}/{PROGRESS}"
-        return int(self.storage.read_json(path)["step"]) if self.storage.exists(path) else None
-
-
-def stored_checkpoints(storage: Storage, rel: str) -> list[StoredCheckpoint]:
-    """Checkpoints of all attempts under `rel`, newest first; those without a position are left out.
-
-    Ray Train's own list is not used: it is lost when its file is cut short by a kill, and it does not
-    reach over attempts. What a checkpoint is worth is decided by its manifests.
-    """
-    found = []
-    for attempt in storage.list(rel):
-        for name in storage.list(f"{rel}/{attempt}"):
-            if name.startswith("checkpoint_"):
-                checkpoint = StoredCheckpoint(storage, f"{rel}/{attempt}/{name}")
-                step = checkpoint.step()
-                if step is not None:
-                    found.append((step, checkpoint.rel, checkpoint))
-    return [checkpoint for _, _, checkpoint in sorted(found, key=lambda item: item[:2], reverse=True)]
-
-
 class RayHooks:
-    """The training loop's surroundings in a Ray Train worker."""
+    """The training loop's surroundings in a Ray Train worker.
 
-    def __init__(self, storage: Storage, rel: str, steps_total: int) -> None:
-        self._storage, self._rel, self._total = storage, rel, steps_total
+    Ray Train stores no checkpoint: its list of them is lost when its file is cut short by a kill, does not
+    reach over attempts, and an upload that fails ends the training. It is told the metrics alone.
+    """
+
+    def __init__(self, store: CheckpointStore, steps_total: int) -> None:
+        self._store, self._total = store, steps_total
         self._pending: list[StepMetrics] = []
         self._seconds = 0.0
+        self._leaving = False
 
     def on_metrics(self, step: int, metrics: Metrics) -> None:
         """Reports groups of steps. All ranks see the same seconds, so that they report together."""
         self._pending.append((step, metrics))
         self._seconds += metrics["seconds"]
         if self._seconds >= _SECONDS_BETWEEN_REPORTS:
-            self.flush(None)
+            self.flush()
 
     def on_checkpoint(self, folder: Path, step: int, metrics: Metrics) -> None:
-        """Reports this rank's part; Ray Train merges the parts of all ranks into one folder."""
-        self.flush(Checkpoint.from_directory(str(folder)))
+        """Stores this rank's part; rank 0 removes what is not kept any more."""
+        self._store.put(folder, step)
+        if dist.get_rank() == 0:
+            self._store.prune()
 
     def checkpoints(self) -> Sequence[SavedCheckpoint]:
         """What earlier attempts stored."""
-        return stored_checkpoints(self._storage, self._rel)
+        return self._store.checkpoints()
 
-    def flush(self, checkpoint: Checkpoint | None) -> None:
-        """Reports what has gathered."""
-        ray.train.report({"steps": self._pending, "steps_total": self._total}, checkpoint=checkpoint)
+    def leaving(self) -> bool:
+        """Whether a node of this training is about to be preempted, as of the last report."""
+        return self._leaving
+
+    def flush(self) -> None:
+        """Reports what has gathered, and takes the notices that Ray Train has for all ranks."""
+        ray.train.report({"steps": self._pending, "steps_total": self._total})
         self._pending, self._seconds = [], 0.0
+        self._leaving = ray.train.get_preemption_info() is not None

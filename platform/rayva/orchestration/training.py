@@ -20,7 +20,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from transformers import PreTrainedTokenizerBase
@@ -39,7 +39,7 @@ from rayva.model.language import cover_vocabulary, load_language_model, load_tok
 from rayva.model.projector import build_projector, load_projector
 from rayva.model.vlm import VisionLanguageModel
 from rayva.orchestration.pipeline import StepContext, StepResult
-from rayva.orchestration.train_callbacks import Mailbox, MetricsCallback, RayHooks, stored_checkpoints
+from rayva.orchestration.train_callbacks import Mailbox, MetricsCallback, RayHooks
 from rayva.progress import Progress, say
 from rayva.recipes.schema import Recipe, Stage
 from rayva.steps import StepFolder
@@ -50,12 +50,15 @@ from rayva.training.engine import init_distributed
 from rayva.training.inline import InlineFeatures
 from rayva.training.loop import TrainJob, TrainResult, train
 from rayva.training.plan import TrainingPlan
+from rayva.training.resume import FAILED
+from rayva.training.store import CheckpointStore
 from rayva.vision.towers import TowerDescription, describe_tower, load_tower
 
 logger = logging.getLogger(__name__)
 
 StageName = Literal["pretrain", "finetune"]
 _ATTEMPTS = "attempts"
+_SAVED = "saved"
 _RESULT = "result.json"
 _PROJECTOR = "projector.safetensors"
 _MODEL = "model"
@@ -67,8 +70,6 @@ _RAY_ENV = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
     # Workers stay where their imports work.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    # An actor of its own that nothing here listens to.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 
 
@@ -102,7 +103,6 @@ def _run(ctx: StepContext, name: StageName) -> StepResult:
     storage, folder = ctx.storage, ctx.folder
     if not storage.exists(folder.join(_RESULT)):
         work = StageWork(ctx.recipe, name, storage, folder, ctx.inputs)
-        _prune(work)
         mailbox = Mailbox.remote()  # type: ignore[attr-defined]  # added by the decorator
         _fit_and_tell(_trainer(work, mailbox), mailbox, ctx)
     result = storage.read_json(folder.join(_RESULT))
@@ -114,6 +114,9 @@ def _run(ctx: StepContext, name: StageName) -> StepResult:
 def _trainer(work: StageWork, mailbox: Any) -> TorchTrainer:
     for key, value in _RAY_ENV.items():
         os.environ.setdefault(key, value)
+    # An actor that looks for nodes about to be taken away; where there is one node, the driver goes with it.
+    several = sum(node["Alive"] for node in ray.nodes()) > 1
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1" if several else "0")
     recipe, storage = work.recipe, work.storage
     scaling = recipe.scaling
     attempts = work.folder.join(_ATTEMPTS)
@@ -127,6 +130,7 @@ def _trainer(work: StageWork, mailbox: Any) -> TorchTrainer:
         train_loop_config={"work": work, "mailbox": mailbox},
         scaling_config=ScalingConfig(
             num_workers=scaling.workers,
+            elastic_resize_monitor_interval_s=scaling.resize_seconds,
             use_gpu=scaling.gpus_per_worker > 0,
             resources_per_worker=resources,
         ),
@@ -135,7 +139,6 @@ def _trainer(work: StageWork, mailbox: Any) -> TorchTrainer:
             storage_path=storage.path(attempts),
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=scaling.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=work.stage.keep_checkpoints),
             callbacks=[MetricsCallback(mailbox)],
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
@@ -159,14 +162,10 @@ def _attempt_names(work: StageWork) -> list[str]:
     return [name for name in names if name.startswith("attempt-")]
 
 
-def _prune(work: StageWork) -> None:
-    """Removes what earlier attempts left, but for the newest checkpoints that may be gone on from."""
-    storage, attempts = work.storage, work.folder.join(_ATTEMPTS)
-    kept = {c.rel for c in stored_checkpoints(storage, attempts)[: work.stage.keep_checkpoints]}
-    for attempt in _attempt_names(work):
-        for name in storage.list(f"{attempts}/{attempt}"):
-            if name.startswith("checkpoint_") and f"{attempts}/{attempt}/{name}" not in kept:
-                storage.delete(f"{attempts}/{attempt}/{name}")
+def _store(work: StageWork) -> CheckpointStore:
+    stage = work.stage
+    rel = work.folder.join(_ATTEMPTS, _SAVED)
+    return CheckpointStore(work.storage, rel, stage.keep_checkpoints, stage.keep_best)
 
 
 def _fit_and_tell(trainer: TorchTrainer, mailbox: Any, ctx: StepContext) -> None:
@@ -258,9 +257,11 @@ def _train_stage(work: StageWork) -> None:
     disable_progress_bar()
     init_distributed(device)
     prepared = _prepare(work, device)
-    hooks = RayHooks(work.storage, work.folder.join(_ATTEMPTS), prepared.job.plan.steps_total)
+    store = _store(work)
+    store.start()
+    hooks = RayHooks(store, prepared.job.plan.steps_total)
     result = train(prepared.job, hooks)
-    hooks.flush(None)
+    hooks.flush()
     _write_outputs(work, prepared, result)
 
 
@@ -403,6 +404,7 @@ def _result(job: TrainJob, result: TrainResult) -> dict[str, Any]:
         "final_loss": result.final["loss"],
         "distinct_samples": len(job.source),
         "left_out": {reason: count for reason, count in job.source.left_out.items() if count},
+        FAILED: counts.pop(FAILED, 0),
         # Over all epochs: truncated samples, and those dropped by reason.
         "changed": counts,
         "precision": result.precision,

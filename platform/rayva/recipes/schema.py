@@ -7,9 +7,10 @@ on it. Numbers of the paper are cited by section (arXiv 2304.08485).
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator
+from pydantic_core import PydanticCustomError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -152,7 +153,12 @@ class Stage(Config):
     seed: int = 0
     checkpoint_every: int = Field(default=200, ge=1)
     """Optimizer steps between checkpoints."""
+    checkpoint_minutes: float | None = Field(default=None, gt=0)
+    """A checkpoint also whenever so many minutes have passed since the last one."""
     keep_checkpoints: int = Field(default=2, ge=1)
+    """Newest checkpoints that are kept until the stage is finished ..."""
+    keep_best: int = Field(default=0, ge=0)
+    """... and those with the lowest mean training loss since the checkpoint before."""
 
 
 class Evaluation(Config):
@@ -175,11 +181,39 @@ class Evaluation(Config):
 class Scaling(Config):
     """What the training workers take from the cluster."""
 
-    workers: int = Field(default=1, ge=1)
+    workers: int | tuple[int, int] = 1
+    """A number, or `[least, most]`: training goes on with the workers that there is room for."""
+    resize_seconds: float = Field(default=60.0, ge=0)
+    """How often a training with less than `most` workers looks for room for more."""
     cpus_per_worker: float = Field(default=1.0, ge=0)
     gpus_per_worker: float = Field(default=0.0, ge=0)
     max_failures: int = Field(default=3, ge=0)
     """Worker failures survived before the job gives up."""
+
+    @field_validator("workers", mode="plain")
+    @classmethod
+    def _check_workers(cls, value: Any) -> int | tuple[int, int]:
+        bounds = value if isinstance(value, list | tuple) else [value, value]
+        if len(bounds) != 2 or any(type(bound) is not int for bound in bounds):
+            raise PydanticCustomError("workers", "a whole number, or [least, most]")
+        least, most = bounds
+        if not 1 <= least <= most:
+            raise PydanticCustomError("workers", "a number >= 1, or [least, most] with 1 <= least <= most")
+        return (least, most) if least < most else most
+
+    @field_serializer("workers", when_used="json")
+    def _list_workers(self, value: int | tuple[int, int]) -> int | list[int]:
+        return value if isinstance(value, int) else list(value)
+
+    @property
+    def min_workers(self) -> int:
+        """The least that training starts or goes on with."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The most that training takes."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class Tracking(Config):
@@ -190,6 +224,49 @@ class Tracking(Config):
     experiment: str = "rayva"
     model_name: str | None = None
     """Name in the model registry; None takes `rayva-<recipe>`."""
+
+
+class Generation(Config):
+    """Instruction data written by a language-only teacher from captions and boxes (section 3)."""
+
+    source: Literal["jsonl", "coco", "dataset"] = "jsonl"
+    """`jsonl`: rows of {id, image, captions, instances}; `coco`: its annotation files; `dataset`: the
+    training images of the recipe's built-in `data.source`."""
+    input: str | None = None
+    """`jsonl`: the file (path or fsspec URI)."""
+    coco_captions: str | None = None
+    coco_instances: str | None = None
+    kinds: tuple[float, float, float] = (58.0, 23.0, 77.0)
+    """Shares of conversations, detailed descriptions and complex reasoning; the paper's by default."""
+    samples: int | None = Field(default=None, ge=1)
+    """How many samples in all; None takes three for each context."""
+    boxes_in_conversations: bool = False
+    """The original shows boxes to the teacher for the other two kinds only."""
+    prompts: str | None = None
+    """Folder of prompts in the original's layout; None takes those that come with Rayva."""
+    teacher: Literal["symbolic", "endpoint", "batch"] = "symbolic"
+    """`endpoint`: any OpenAI-compatible one, Rayva's own included; `batch`: files of OpenAI's batch API."""
+    base_url: str = "https://api.openai.com/v1"
+    model: str | None = None
+    api_key_env: str = "OPENAI_API_KEY"
+    """Name of the environment variable that holds the key."""
+    temperature: float | None = Field(default=0.7, ge=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    max_tokens: int = Field(default=1024, ge=1)
+    """Longest answer."""
+    seed: int = 0
+    attempts: int = Field(default=3, ge=1)
+    """How often a sample is asked for while its answers are rejected."""
+    concurrency: int = Field(default=16, ge=1)
+    """Calls in flight."""
+    requests_per_minute: float | None = Field(default=None, gt=0)
+    tokens_per_minute: float | None = Field(default=None, gt=0)
+    timeout: float = Field(default=120.0, gt=0)
+    """Seconds for a call."""
+    max_cost: float | None = Field(default=None, ge=0)
+    """Dollars that all answers kept at this storage may have cost; what might pass it is not asked."""
+    prices: str | None = None
+    """YAML table of prices; None takes the one that comes with Rayva."""
 
 
 class Serving(Config):
@@ -217,6 +294,7 @@ class Recipe(Config):
     conversation: Conversation = Conversation()
     data: Data = Data()
     features: Features = Features()
+    generation: Generation = Generation()
     pretrain: Stage = Stage()
     finetune: Stage = Stage(train="all", lr=2e-5, batch_size=32, epochs=3.0)
     evaluation: Evaluation = Evaluation()

@@ -24,7 +24,8 @@ class ChatTemplate(Template):
 
     The template is rendered around stand-ins for the messages, once for each sequence of roles, and
     the messages are put in their places. So what is the template's and what is somebody's text is
-    known exactly. White space at the ends of a message, which some templates take off, is kept.
+    known exactly. White space at the ends of a message, which some templates take off, is kept. An
+    answer before the first question is left out where the template has no place for it.
     """
 
     name = "tokenizer"
@@ -34,7 +35,7 @@ class ChatTemplate(Template):
         """`system` goes in front as a system message; None leaves the template its own default.
 
         Raises:
-            RecipeError: no tokenizer, or one without a chat template.
+            RecipeError: no tokenizer, one without a chat template, or one that takes no system message.
         """
         if tokenizer is None or not tokenizer.chat_template:
             raise RecipeError(
@@ -45,11 +46,16 @@ class ChatTemplate(Template):
         self._tokenizer = tokenizer
         self._stand_in = f"rayva-{secrets.token_hex(8)}-"
         self._layouts: dict[tuple[Roles, bool], list[str]] = {}
+        if system is not None and not self._takes(("system", "user", "assistant")):
+            raise RecipeError(
+                "this tokenizer's chat template takes no system message",
+                "leave conversation.system out, or choose another conversation.template",
+            )
 
     @property
     def stop(self) -> tuple[str, ...]:
-        end = self._end_marker(("user", "assistant"), 1).strip()
-        return tuple(dict.fromkeys(text for text in (end, self.eos_token) if text))
+        end = self._end_marker(("user", "assistant"), 1)
+        return tuple(dict.fromkeys(text for text in (end.strip() or end, self.eos_token) if text))
 
     def _with_system(self, messages: Sequence[Message]) -> list[Message]:
         given = any(message.role == "system" for message in messages)
@@ -57,12 +63,31 @@ class ChatTemplate(Template):
             return list(messages)
         return [Message("system", (self.system,)), *messages]
 
+    def _without_unasked(self, messages: list[Message]) -> list[Message]:
+        """`messages` without an answer before the first question, if the template refuses that."""
+        spoken = [message for message in messages if message.role != "system"]
+        if not spoken or spoken[0].role == "user" or self._takes(tuple(m.role for m in messages)):
+            return messages
+        first = messages.index(spoken[0])
+        return [*messages[:first], *messages[first + 1 :]]
+
+    def _takes(self, roles: Roles) -> bool:
+        try:
+            self._layout(roles, False)
+        except BadConversation:
+            return False
+        return True
+
     def _write(self, messages: Sequence[Message], open_answer: bool) -> Segments:
-        messages = self._with_system(messages)
+        messages = self._without_unasked(self._with_system(messages))
         roles = tuple(message.role for message in messages)
-        *before, after = self._layout(roles, open_answer)
+        if open_answer:
+            # Written as before an answer in training, so that a model is asked as it was taught even by
+            # a template that prompts in other words than it trains with.
+            roles = (*roles, "assistant")
+        *before, after = self._layout(roles, False)
         end = ""
-        for index, (message, markup) in enumerate(zip(messages, before, strict=True)):
+        for index, (message, markup) in enumerate(zip(messages, before, strict=False)):
             answer = message.role == "assistant"
             given = self._given(roles, index, markup) if answer else len(markup)
             # The end marker of an answer is the beginning of the markup that follows it.
@@ -71,7 +96,10 @@ class ChatTemplate(Template):
             yield from content_segments(message, answer)
             end = self._end_marker(roles, index) if answer else ""
             yield Segment(end, supervised=answer)
-        yield Segment(after[len(end) :])
+        if open_answer:
+            yield Segment(before[-1][len(end) : self._given(roles, len(messages), before[-1])])
+        else:
+            yield Segment(after[len(end) :])
 
     def _given(self, roles: Roles, index: int, markup: str) -> int:
         """How much of the markup before the answer at `index` the generation prompt gives.
@@ -111,7 +139,7 @@ class ChatTemplate(Template):
             rest = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=generation
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError) as error:  # the template's code is anybody's
             raise BadConversation(
                 "chat_template",
                 f"the tokenizer's chat template refuses the roles {', '.join(roles)}: {error}",

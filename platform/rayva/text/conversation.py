@@ -101,18 +101,6 @@ def messages_from_turns(turns: Sequence[Turn], n_images: int) -> list[Message]:
     return messages
 
 
-def collapse_markers(turns: Sequence[Turn]) -> list[Turn]:
-    """Turns in which every human turn has at most one `<image>`: how the original reads repeated ones."""
-    return [
-        replace(turn, text=_first_marker_only(turn.text)) if turn.role == "human" else turn for turn in turns
-    ]
-
-
-def _first_marker_only(text: str) -> str:
-    before, marker, after = text.partition(IMAGE_PLACEHOLDER)
-    return before + marker + after.replace(IMAGE_PLACEHOLDER, "")
-
-
 def _prepend_images(messages: list[Message], n_images: int) -> list[Message]:
     for index, message in enumerate(messages):
         if message.role == "user":

@@ -11,20 +11,17 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from rayva.data.schema import IMAGE_PLACEHOLDER
 from rayva.text.conversation import Message
+from rayva.text.special import IGNORE_INDEX as IGNORE_INDEX
+from rayva.text.special import IMAGE_TOKEN_INDEX as IMAGE_TOKEN_INDEX
 from rayva.text.templates import Segment, Template
 from rayva.text.twin import TokenizerTwin, twin_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-IMAGE_TOKEN_INDEX: Final = -200
-"""Stands for one image in `input_ids`; replaced by its visual tokens later."""
-IGNORE_INDEX: Final = -100
-"""Label of a position that is not supervised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +61,19 @@ def encode_prompt(
         WeightsError: the tokenizer has no fast form.
     """
     return _encode(template.generation(messages), twin_of(tokenizer), template.adds_bos)[0]
+
+
+def encode_begun(
+    messages: Sequence[Message], begun: str, template: Template, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """Ids of a conversation in which the assistant has already said `begun` and is to go on.
+
+    Raises: as `encode_prompt`.
+    """
+    template.generation(messages)  # refuses what cannot be answered
+    segments = template.training([*messages, Message("assistant", (begun,))])
+    last = max(index for index, segment in enumerate(segments) if segment.kind == "content")
+    return _encode(segments[: last + 1], twin_of(tokenizer), template.adds_bos)[0]
 
 
 def _readable(segment: Segment, twin: TokenizerTwin) -> str:

@@ -134,7 +134,7 @@ class Plain(BuiltInTemplate):
         return (self.end,)
 
     def _write_turns(self, system: str, messages: list[Message]) -> Segments:
-        for message in messages:
+        for message in _without_leading_answers(messages):
             if message.role == "assistant":
                 yield from content_segments(message, supervised=True)
                 yield Segment(self.end, supervised=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from rayva.storage import Storage
 from rayva.tracking.address import TrackingError, is_server, redact
 from rayva.tracking.outbox import Operation, Rejected, ServerAway
+from rayva.tracking.sqlite import ensure_tables
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -72,6 +73,7 @@ def make_client(uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
     try:
+        ensure_tables(uri)
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
     except ImportError as error:
         raise TrackingError(

@@ -37,6 +37,8 @@ class Progress:
     dtype: str
     job_digest: str
     counts: dict[str, int] = field(default_factory=dict)
+    loss: float | None = None
+    """Mean loss of the steps since the checkpoint before."""
 
 
 def write_progress(folder: Path, progress: Progress) -> None:
@@ -53,7 +55,7 @@ def write_manifest(folder: Path, rank: int) -> None:
         if path.is_file()
     }
     manifest = {"format": FORMAT, "rank": rank, "files": files}
-    (folder / _manifest_name(rank)).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    (folder / manifest_name(rank)).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 def read_progress(folder: Path) -> Progress:
@@ -76,10 +78,10 @@ def verify(folder: Path) -> Progress:
     progress = read_progress(folder)
     listed: set[str] = set()
     for rank in range(progress.world_size):
-        files = _read_json(folder, _manifest_name(rank)).get("files", {})
+        files = _read_json(folder, manifest_name(rank)).get("files", {})
         for name, expected in files.items():
             _check_file(folder, name, expected)
-        listed |= {*files, _manifest_name(rank)}
+        listed |= {*files, manifest_name(rank)}
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     unlisted = sorted(name for name in found - listed if not Path(name).name.startswith("."))
     if PROGRESS not in listed or unlisted:
@@ -108,8 +110,14 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
     return raw
 
 
-def _manifest_name(rank: int) -> str:
+def manifest_name(rank: int) -> str:
+    """The file that lists what a rank wrote."""
     return f"manifest-{rank:05d}.json"
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether a file is one of `manifest_name`'s."""
+    return path.name.startswith("manifest-") and path.suffix == ".json"
 
 
 def _sha256(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from rayva.errors import TrainingError
 from rayva.model.batch import Batch
 from rayva.model.vlm import VisionLanguageModel
 from rayva.recipes.schema import Stage
+from rayva.training.universal import converted
 
 _TAG = "engine"
 """Folder of DeepSpeed's own files inside a checkpoint."""
@@ -126,15 +127,45 @@ class Engine:
         summed: list[float] = tensor.tolist()
         return summed
 
-    def save(self, folder: Path) -> None:
-        """Writes this rank's part of weights and optimizer state; frozen weights are left out."""
+    def save(self, folder: Path) -> OSError | None:
+        """Writes this rank's part of weights and optimizer state; frozen weights are left out.
+
+        Returns what kept a file from being written, instead of raising it: the ranks meet in between.
+        """
+        writer = _Writer(self._engine.checkpoint_engine)
+        self._engine.checkpoint_engine = writer
         # DeepSpeed leaves out frozen parameters too, but not the second name of a tied one.
         hook = self._engine.module.register_state_dict_post_hook(_remove_frozen)
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
-        hook.remove()
+        try:
+            self._engine.save_checkpoint(
+                str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True
+            )
+        finally:
+            hook.remove()
+            self._engine.checkpoint_engine = writer.inner
+        return writer.error
 
-    def load(self, folder: Path) -> None:
-        """Loads what `save` wrote on all ranks. It unpickles: `folder` must have been verified before."""
+    def load(self, folder: Path, saved_by: int) -> None:
+        """Loads what `save` wrote on `saved_by` ranks; ZeRO's states are converted where that differs.
+
+        It unpickles: `folder` must have been verified before.
+        """
+        # A universal checkpoint gives the settings of the first group to all.
+        settings = [{k: v for k, v in g.items() if k != "params"} for g in self._optimizer.param_groups]
+        if self.zero and saved_by != self.world_size:
+            with converted(folder, _TAG) as universal:
+                self._engine._config.load_universal_checkpoint = True
+                self._load(universal)
+                self._engine._config.load_universal_checkpoint = False
+            # It also gives one step counter to all, which each of them would then advance.
+            for state in self._optimizer.state.values():
+                state["step"] = torch.as_tensor(state["step"]).clone()
+        else:
+            self._load(folder)
+        for group, own in zip(self._optimizer.param_groups, settings, strict=True):
+            group.update(own)
+
+    def _load(self, folder: Path) -> None:
         loaded, _ = self._engine.load_checkpoint(
             str(folder), tag=_TAG, load_module_strict=False, load_lr_scheduler_states=False
         )
@@ -165,6 +196,48 @@ class Engine:
     def close(self) -> None:
         """Takes DeepSpeed's hooks off the model."""
         self._engine.destroy()
+
+
+class _Writer:
+    """DeepSpeed's writer of files, which keeps an error of the disk instead of raising it."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.error: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        try:
+            with open(path, "wb") as raw:
+                torch.save(state_dict, _Tee(raw, self))  # type: ignore[arg-type]  # write and flush will do
+        except OSError as error:
+            self.error = error
+        except RuntimeError:
+            if self.error is None:
+                raise
+
+    def note(self, error: OSError) -> None:
+        """Keeps what torch turns into a RuntimeError without its reason."""
+        self.error = error
+
+
+class _Tee:
+    """A file whose errors are told to a `_Writer` too."""
+
+    def __init__(self, file: IO[bytes], writer: _Writer) -> None:
+        self._file, self._writer = file, writer
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self._writer.note(error)
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 def _remove_frozen(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:

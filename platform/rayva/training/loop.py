@@ -5,14 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,52 +17,17 @@ from rayva.errors import TrainingError
 from rayva.model.freeze import apply_freeze_policy
 from rayva.model.vlm import VisionLanguageModel
 from rayva.recipes.schema import Stage
-from rayva.training.checkpoint import (
-    DamagedCheckpointError,
-    Progress,
-    verify,
-    write_manifest,
-    write_progress,
-)
+from rayva.training.checkpoint import Progress
 from rayva.training.dataset import SampleSource
 from rayva.training.engine import Engine
 from rayva.training.plan import TrainingPlan
 from rayva.training.precision import resolve_precision
 from rayva.training.prefetch import PreparedStep, Share, prefetch
+from rayva.training.resume import FAILED, Hooks, Metrics, Saver, restore
 from rayva.training.schedule import lr_factor
+from rayva.training.stop import stop_on_sigterm
 
 logger = logging.getLogger(__name__)
-
-Metrics = dict[str, float]
-
-
-class SavedCheckpoint(Protocol):
-    """A checkpoint that an earlier attempt left, wherever it is stored."""
-
-    @property
-    def name(self) -> str:
-        """Where it is, for messages."""
-        ...
-
-    def open(self) -> AbstractContextManager[Path]:
-        """The merged checkpoint as a local folder."""
-        ...
-
-
-class Hooks(Protocol):
-    """What surrounds the loop."""
-
-    def on_metrics(self, step: int, metrics: Metrics) -> None:
-        """After each optimizer step, on every rank; `step` steps are done and the numbers are global."""
-        ...
-
-    def on_checkpoint(self, folder: Path, step: int, metrics: Metrics) -> None:
-        """Stores what this rank wrote into `folder`, which is gone afterwards. Called on every rank."""
-        ...
-
-    def checkpoints(self) -> Sequence[SavedCheckpoint]:
-        """Checkpoints to go on from, newest first; the same on every rank."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,20 +69,23 @@ def train(job: TrainJob, hooks: Hooks) -> TrainResult:
     micro_batches = plan.micro_batches(share.world_size, share.micro)
     engine = Engine(job.model, stage, micro_batches, dtype, job.device)
     fresh = Progress(0, share.world_size, engine.zero, str(dtype), job.digest)
-    state = _restore(engine, hooks, fresh)
+    state = restore(engine, hooks, fresh)
     counts, metrics = Counter(state.counts), Metrics()
-    with prefetch(state.step, plan, job.source, share, vision_hidden) as steps:
+    saver = Saver(engine, hooks, stage, plan.steps_total)
+    reading = prefetch(state.step, plan, job.source, share, vision_hidden)
+    with closing(saver), stop_on_sigterm(), reading as steps:
         started = time.monotonic()
         for prepared, waited in steps:
             metrics = _run_step(engine, prepared, job)
             counts.update(prepared.counts)
             metrics |= _speed(engine, prepared, time.monotonic() - started, waited)
+            metrics[FAILED] = float(counts[FAILED])
             started = time.monotonic()
             done = prepared.step + 1
+            progress = replace(fresh, step=done, counts=dict(counts))
             hooks.on_metrics(done, metrics)
-            if done % stage.checkpoint_every == 0 and done < plan.steps_total:
-                progress = replace(fresh, step=done, counts=dict(counts))
-                _save(engine, hooks, progress, metrics)
+            counts = Counter(saver.after_step(progress, metrics).counts)
+        counts.update({FAILED: saver.settle()})
     return TrainResult(engine, dict(counts), metrics, f"{dtype}".removeprefix("torch.") + f" ({why})")
 
 
@@ -179,59 +143,3 @@ def _seed_generators(seed: int, step: int, rank: int) -> None:
     """Makes all random choices of a step (dropout) a function of (seed, step, rank): no state to save."""
     digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=7).digest()
     torch.manual_seed(int.from_bytes(digest, "big"))
-
-
-def _save(engine: Engine, hooks: Hooks, progress: Progress, metrics: Metrics) -> None:
-    with tempfile.TemporaryDirectory(prefix="rayva-checkpoint-") as temporary:
-        folder = Path(temporary)
-        engine.save(folder)
-        if engine.rank == 0:
-            write_progress(folder, progress)
-        write_manifest(folder, engine.rank)
-        hooks.on_checkpoint(folder, progress.step, metrics)
-
-
-def _restore(engine: Engine, hooks: Hooks, fresh: Progress) -> Progress:
-    """Loads the newest sound checkpoint and returns its position, or `fresh` where there is none.
-
-    Every rank verifies the copy that it is going to load; one that any rank rejects is passed over.
-    """
-    for checkpoint in hooks.checkpoints():
-        with checkpoint.open() as folder:
-            progress, problem = None, ""
-            try:
-                progress = verify(folder)
-            except DamagedCheckpointError as error:
-                problem = str(error)
-            rejected = engine.reduce_sum([float(progress is None)])[0] > 0
-            if progress is None or rejected:
-                logger.warning(
-                    "checkpoint %s is passed over, the one before is taken: %s",
-                    checkpoint.name,
-                    problem or "another worker's copy is damaged",
-                )
-                continue
-            _require_compatible(checkpoint.name, progress, fresh)
-            engine.load(folder)
-            logger.info("going on from checkpoint %s, step %d", checkpoint.name, progress.step)
-            return progress
-    return fresh
-
-
-def _require_compatible(name: str, found: Progress, now: Progress) -> None:
-    if found.job_digest != now.job_digest:
-        raise TrainingError(
-            f"The checkpoint {name} belongs to a training with other settings or data",
-            "Give this run a storage folder of its own.",
-        )
-    if found.dtype != now.dtype:
-        raise TrainingError(
-            f"The checkpoint {name} was trained in {found.dtype}, this machine would go on in {now.dtype}",
-            "Set the stage's precision to that of the checkpoint.",
-        )
-    if found.world_size != now.world_size and now.zero > 0:
-        raise TrainingError(
-            f"The checkpoint {name} was saved by {found.world_size} workers with ZeRO {found.zero}; "
-            f"there are {now.world_size} now",
-            f"Run with scaling.workers={found.world_size}.",
-        )

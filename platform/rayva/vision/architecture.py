@@ -19,6 +19,8 @@ _VIT_DEFAULTS: dict[str, dict[str, Any]] = {
     "clip": {"patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
     "siglip": {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
 }
+_MOST = 1 << 16
+"""No size in a config.json is larger: it also keeps damaged ones from taking all memory."""
 _ACTIVATIONS = ("quick_gelu", "gelu", "gelu_pytorch_tanh")
 EFFICIENTNET_HIDDEN = 1280
 EFFICIENTNET_STRIDE = 32
@@ -88,19 +90,13 @@ def _vit_spec(
             f"{folder} holds a model of type {config.get('model_type')!r}, not {kind}.",
             "set vision.kind to what the folder holds",
         )
-    known = {field.name for field in fields(VitArchitecture)}
-    settings = _VIT_DEFAULTS[kind] | config.get("vision_config", config)
-    shape = VitArchitecture(**{key: value for key, value in settings.items() if key in known})
+    shape = _vit_architecture(folder, config, kind)
     preprocessing = from_hf(_processor(folder), image_size, aspect, f"{folder}/preprocessor_config.json")
-    if preprocessing.image_size % shape.patch_size:
+    # A tower's own size may leave a margin that belongs to no patch (SigLIP so400m: 384 px, patches of 14).
+    if preprocessing.image_size != shape.image_size and preprocessing.image_size % shape.patch_size:
         raise WeightsError(
             f"Images of {preprocessing.image_size} pixels do not divide into patches of {shape.patch_size}.",
             f"set vision.image_size to a multiple of {shape.patch_size}",
-        )
-    if shape.hidden_act not in _ACTIVATIONS or shape.hidden_size % shape.num_attention_heads:
-        raise WeightsError(
-            f"{folder}/config.json describes a transformer that is not supported: {shape}.",
-            "use a tower of OpenAI's CLIP or Google's SigLIP architecture",
         )
     states = shape.num_hidden_layers + 1
     if not -states <= layer < states:
@@ -116,6 +112,32 @@ def _vit_spec(
         hidden_size=shape.hidden_size,
         architecture=shape,
     )
+
+
+def _vit_architecture(folder: Path, config: dict[str, Any], kind: Kind) -> VitArchitecture:
+    own = config.get("vision_config", config)
+    if not isinstance(own, dict):
+        raise WeightsError(
+            f"{folder}/config.json: vision_config is no object.", "fetch the weights folder again"
+        )
+    defaults = {field.name: field.default for field in fields(VitArchitecture)} | _VIT_DEFAULTS[kind]
+    settings = {name: own.get(name, default) for name, default in defaults.items()}
+    for name, value in settings.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < _MOST
+        whole = name == "layer_norm_eps" or isinstance(value, int)
+        if not (value in _ACTIVATIONS if name == "hidden_act" else number and whole):
+            raise WeightsError(
+                f"{folder}/config.json: {name} = {str(value)[:80]!r} is not supported.",
+                "use a tower of OpenAI's CLIP or Google's SigLIP architecture",
+            )
+    shape = VitArchitecture(**settings)
+    if shape.hidden_size % shape.num_attention_heads:
+        raise WeightsError(
+            f"{folder}/config.json: hidden_size {shape.hidden_size} does not divide by num_attention_heads "
+            f"{shape.num_attention_heads}.",
+            "fetch the weights folder again",
+        )
+    return shape
 
 
 def _processor(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ Shape suffixes: B images, H height, W width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,8 +23,13 @@ if TYPE_CHECKING:
 
 Aspect = Literal["square", "pad"]
 
+_MOST_SIDE = 1 << 14
+_FILTERS = 5
+"""The highest of Pillow's numbers for its filters."""
 _ELONGATED = 16
-"""From this ratio of the sides on, whole-image steps would need memory out of proportion to the image."""
+_MOST_PIXELS = 1 << 26
+"""Pictures of this ratio of the sides or more, whose intermediate picture would be larger than this, are
+prepared in an order that needs less memory; the result is equal but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -80,36 +86,37 @@ class Preprocessing:
     def _fit(self, image: Image.Image) -> Image.Image:
         side = self.image_size
         if self.aspect == "pad":
-            return self._pad(image)
+            image = self._padded(image)
         if self.stretch:
             return image.resize((side, side), self.resample)
         width, height = image.size
-        if max(width, height) >= _ELONGATED * min(width, height):
-            return self._crop_first(image)
         short, long = min(width, height), max(width, height)
         resized_long = int(self.resize_to * long / short)
+        if long >= _ELONGATED * short and resized_long * self.resize_to > _MOST_PIXELS:
+            return self._crop_first(image)
         size = (self.resize_to, resized_long) if width <= height else (resized_long, self.resize_to)
         left, top = ((extent - side) // 2 for extent in size)
         return image.resize(size, self.resample).crop((left, top, left + side, top + side))
 
     def _crop_first(self, image: Image.Image) -> Image.Image:
-        """Resizes only the part that the centre crop keeps; equal but for rounding."""
+        """Resizes only the part that the centre crop keeps."""
         width, height = image.size
         kept = min(width, height) * self.image_size / self.resize_to
         left, top = (width - kept) / 2, (height - kept) / 2
         box = (left, top, left + kept, top + kept)
         return image.resize((self.image_size, self.image_size), self.resample, box=box)
 
-    def _pad(self, image: Image.Image) -> Image.Image:
-        side = self.image_size
+    def _padded(self, image: Image.Image) -> Image.Image:
+        """The picture in the middle of a square of the mean colour (LLaVA-1.5)."""
         color = tuple(int(value * 255) for value in self.mean)
         width, height = image.size
         longest = max(width, height)
-        if longest >= _ELONGATED * min(width, height):
-            # Shrink, then pad: padding first would need the square of the longer side.
+        if longest >= _ELONGATED * min(width, height) and longest**2 > _MOST_PIXELS:
+            # Shrunk, then padded: padding first would need the square of the longer side.
+            side = self.resize_to
             size = (max(1, round(width * side / longest)), max(1, round(height * side / longest)))
             return _centred(image.resize(size, self.resample), side, color)
-        return _centred(image, longest, color).resize((side, side), self.resample)
+        return _centred(image, longest, color)
 
 
 def _centred(image: Image.Image, side: int, color: tuple[int, ...]) -> Image.Image:
@@ -139,18 +146,24 @@ def from_hf(config: dict[str, Any], image_size: int | None, aspect: Aspect, wher
         shorter, stretch = _size(config["size"])
         crop = _size(config["crop_size"])[0] if config.get("do_center_crop") else shorter
         mean, std = (tuple(float(v) for v in config[key]) for key in ("image_mean", "image_std"))
-    except (KeyError, TypeError, ValueError) as error:
+        resample, rescale = int(config.get("resample", 3)), float(config.get("rescale_factor", 1 / 255))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise WeightsError(f"{where} lacks or misstates {error}.", remedy) from error
-    if crop > shorter or len(mean) != 3 or len(std) != 3:
+    if not 0 < crop <= shorter <= _MOST_SIDE or len(mean) != 3 or len(std) != 3:
         raise WeightsError(f"{where} crops more than it resizes to, or has not three channels.", remedy)
+    usable = all(map(math.isfinite, (*mean, *std, rescale))) and min(std) > 0 and rescale > 0
+    if not usable or not all(0 <= value <= 1 for value in mean) or not 0 <= resample <= _FILTERS:
+        raise WeightsError(
+            f"{where}: a mean, deviation, rescale_factor or resample filter is out of range.", remedy
+        )
     final = image_size or crop
     return Preprocessing(
         image_size=final,
         resize_to=round(shorter * final / crop),
         mean=mean,
         std=std,
-        resample=int(config.get("resample", 3)),
-        rescale=float(config.get("rescale_factor", 1 / 255)),
+        resample=resample,
+        rescale=rescale,
         stretch=stretch and aspect == "square",
         aspect=aspect,
     )

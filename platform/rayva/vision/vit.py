@@ -150,13 +150,14 @@ def load_vit(folder: Path, spec: TowerSpec) -> GridVit:
     Raises:
         WeightsError: where a tensor is missing, unknown or of the wrong shape.
     """
-    network = GridVit(spec)
+    with torch.device("meta"):  # nothing is allocated for shapes that the weights do not have
+        network = GridVit(spec)
     tensors = load_tensors(folder)
     prefixed = {k.removeprefix(_PREFIX): v for k, v in tensors.items() if k.startswith(_PREFIX)}
     later = tuple(f"encoder.layers.{i}." for i in range(spec.layer, _layers(spec)))
     wanted = {k: v for k, v in (prefixed or tensors).items() if not k.startswith(_UNUSED + later)}
     try:
-        network.load_state_dict(wanted)
+        network.load_state_dict(wanted, assign=True)
     except RuntimeError as error:
         raise WeightsError(
             f"The weights in {folder} do not fit the model that its config.json describes: {error}",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,11 @@ if TYPE_CHECKING:
 _CONFIGS = ["config.json", "preprocessor_config.json", "processor_config.json"]
 _SAFETENSORS = "model*.safetensors"
 _TORCH = "pytorch_model*.bin"
+# Other files that the patterns above match (model.fp16.safetensors) are the same weights again.
+_WEIGHTS = (
+    ("model.safetensors", "model-*-of-*.safetensors"),
+    ("pytorch_model.bin", "pytorch_model-*-of-*.bin"),
+)
 
 
 def resolve_folder(path: str, revision: str | None = None) -> Path:
@@ -71,13 +75,14 @@ def read_json(folder: Path, name: str) -> dict[str, Any] | None:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold the tensors: safetensors, or else PyTorch's own format."""
-    files = sorted(folder.glob(_SAFETENSORS)) or sorted(folder.glob(_TORCH))
-    if not files:
-        raise WeightsError(
-            f"{folder} holds no weights (no {_SAFETENSORS}, no {_TORCH}).",
-            "give vision.path the folder of a complete checkpoint",
-        )
-    return files
+    for whole, parts in _WEIGHTS:
+        files = [folder / whole] if (folder / whole).is_file() else sorted(folder.glob(parts))
+        if files:
+            return files
+    names = ", no ".join(name for pair in _WEIGHTS for name in pair)
+    raise WeightsError(
+        f"{folder} holds no weights (no {names}).", "give vision.path the folder of a complete checkpoint"
+    )
 
 
 def weights_sha256(folder: Path) -> str:
@@ -95,18 +100,29 @@ def load_tensors(folder: Path) -> dict[str, Tensor]:
     Raises:
         WeightsError: where a file is damaged.
     """
-    import torch
-    from safetensors.torch import load_file
-
     tensors: dict[str, Tensor] = {}
     for file in weight_files(folder):
-        try:
-            if file.suffix == ".safetensors":
-                tensors |= load_file(file)
-            else:
-                tensors |= torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged or hostile pickle fails in any way it likes
-            raise WeightsError(
-                f"{os.fspath(file)} cannot be read: {error}", "fetch the weights folder again"
-            ) from error
+        tensors |= _read_tensors(file)
     return tensors
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    import pickle
+    import struct
+
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if file.suffix == ".safetensors":
+            return dict(load_file(file))
+        loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except (
+        *(SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError),
+        *(LookupError, TypeError, AttributeError, AssertionError, struct.error),  # of damaged pickles
+    ) as error:
+        raise WeightsError(f"{file} cannot be read: {error}", "fetch the weights folder again") from error
+    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise WeightsError(f"{file} holds something else than tensors.", "fetch the weights folder again")
+    return dict(loaded)

@@ -1,0 +1,341 @@
+"""One trial of `gpu_step.py`: a model with random weights, packed batches, timed training steps.
+
+Shapes: B rows, T positions of a row, A heads, D head size, N samples in a batch.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import bench_support  # puts platform/ on the path
+import torch
+from gpu_shapes import SHAPES, Shape
+from lengths import StageName, describe_lengths, quantile_lengths
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from rayva.model.batch import Batch, Row, collate_packed
+from rayva.model.freeze import apply_freeze_policy
+from rayva.model.projector import build_projector
+from rayva.model.vlm import VisionLanguageModel
+from rayva.text.special import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from rayva.training.plan import pack
+
+_DTYPE = torch.bfloat16
+_SUPERVISED = {"pretrain": 1.0, "finetune": 0.7}
+"""Share of a sample's text that is supervised: captions whole, answers of conversations."""
+_DIFFERENT_BATCHES = 4
+_CHUNK_ELEMENTS = 2**28
+"""Parameters that are updated at once: their gradients are copied to fp32."""
+
+
+def describe(work: dict[str, Any]) -> dict[str, Any]:
+    """Name and memory of the device, what a large bf16 matrix product reaches, and images/s of the tower."""
+    if work["device"] == "cpu":
+        return {"name": "CPU", "memory": 0, "matmul_tflops": 0.0, "torch": torch.__version__} | _encode(work)
+    if not torch.cuda.is_available():
+        raise SystemExit("there is no CUDA device; --device cpu --shape tiny only tests the code")
+    properties = torch.cuda.get_device_properties(0)
+    common = {"name": properties.name, "memory": torch.cuda.mem_get_info()[0], "torch": torch.__version__}
+    return common | {"matmul_tflops": _matmul_tflops()} | _encode(work)
+
+
+def _matmul_tflops(size: int = 8192, repeats: int = 20) -> float:
+    left = torch.randn(size, size, device="cuda", dtype=_DTYPE)
+    right = torch.randn(size, size, device="cuda", dtype=_DTYPE)
+    for _ in range(3):
+        left @ right
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        left @ right
+    torch.cuda.synchronize()
+    return 2 * size**3 * repeats / (time.perf_counter() - started) / 1e12
+
+
+def _encode(work: dict[str, Any]) -> dict[str, float]:
+    """Images a second through the vision tower, forward only."""
+    tiny, device = work["shape"] == "tiny", work["device"]
+    shape = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    }
+    if tiny:
+        shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    side, batch = (56, 4) if tiny else (224, 64)
+    with torch.device(device):
+        tower = CLIPVisionModel(CLIPVisionConfig(**shape, image_size=side, patch_size=14)).to(_DTYPE).eval()
+        pixels = torch.randn(batch, 3, side, side, dtype=_DTYPE)
+    repeats = 2 if tiny else 10
+    with torch.inference_mode():
+        for _ in range(2):
+            tower(pixels)
+        _synchronize(device)
+        started = time.perf_counter()
+        for _ in range(repeats):
+            tower(pixels)
+        _synchronize(device)
+    return {"images_per_second": batch * repeats / (time.perf_counter() - started)}
+
+
+def train(work: dict[str, Any]) -> dict[str, Any]:
+    """Times the steps of a setting. What it cannot do is an outcome, told in the table: out of memory,
+    an attention kernel that this GPU or this torch does not have, a compiler that is missing."""
+    try:
+        return _train(work)
+    except torch.OutOfMemoryError:
+        return {"outcome": "out of memory"}
+    except (RuntimeError, ImportError, NotImplementedError, ValueError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return {"outcome": f"failed: {line[:200]}"}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch on the device, and what its attention and its figures need."""
+
+    batch: Batch
+    lengths: tuple[int, ...]
+    supervised: int
+    starts: Tensor
+    """First position of each sample in the flattened rows, and their end; padded with empty samples."""
+
+
+def _train(work: dict[str, Any]) -> dict[str, Any]:
+    torch.manual_seed(work["seed"])
+    stage, device, shape = work["stage"], work["device"], SHAPES[work["shape"]]
+    attention = _Varlen(work["row_tokens"]) if work["attention"] == "varlen" else None
+    model = _model(shape, work["depth"], work["attention"], device)
+    apply_freeze_policy(model, "projector" if stage == "pretrain" else "all")
+    _set_recompute(model, work["recompute"])
+    model.train()
+    if work["compile"]:
+        for layer in model.language.model.layers:
+            layer.compile()
+    batches = [_batch(work, shape, random.Random(f"{work['seed']}/{i}")) for i in range(_DIFFERENT_BATCHES)]
+    optimizer = MasterAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+
+    def step(packed: Packed) -> Tensor:
+        if attention is not None:
+            attention.set(packed.starts)
+        loss_sum, _ = model(packed.batch)
+        loss = loss_sum / packed.supervised
+        loss.backward()
+        optimizer.step(max_norm=1.0)
+        return loss.detach()
+
+    for number in range(work["warm_up"]):
+        step(batches[number % len(batches)])
+    _synchronize(device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    measured = [batches[number % len(batches)] for number in range(work["steps"])]
+    started = time.perf_counter()
+    for packed in measured:
+        loss = step(packed)
+    _synchronize(device)
+    seconds = time.perf_counter() - started
+    if not torch.isfinite(loss):
+        return {"outcome": "failed: the loss is not finite"}
+    return _figures(work, shape, measured, seconds)
+
+
+def _figures(work: dict[str, Any], shape: Shape, measured: list[Packed], seconds: float) -> dict[str, Any]:
+    stage = work["stage"]
+    samples = sum(len(packed.lengths) for packed in measured)
+    lengths = [length for packed in measured for length in packed.lengths]
+    supervised = sum(packed.supervised for packed in measured)
+    done = shape.flops(stage, work["depth"], lengths, supervised, samples)
+    whole = shape.flops(stage, shape.layers, lengths, supervised, samples)
+    cells = len(measured) * work["rows"] * work["row_tokens"]
+    cuda = work["device"] == "cuda"
+    return {
+        "outcome": "measured",
+        "seconds_per_step": seconds / len(measured),
+        "tokens_per_second": sum(lengths) / seconds,
+        "samples_per_second": samples / seconds,
+        "flops_per_second": done / seconds,
+        "whole_flops_per_sample": whole / samples,
+        "padding": 1 - sum(lengths) / cells,
+        "peak_bytes": torch.cuda.max_memory_reserved() if cuda else bench_support.peak_bytes(),
+        "lengths": f"Lengths: {describe_lengths(lengths)}; {supervised / sum(lengths):.0%} supervised.",
+    }
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+# --- the model ---
+
+
+def _model(shape: Shape, depth: int, attention: str, device: str) -> VisionLanguageModel:
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=depth,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=8192,
+        tie_word_embeddings=False,
+        use_cache=False,
+        attn_implementation={"flex": "flex_attention", "varlen": _Varlen.NAME}.get(attention, attention),
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(_DTYPE)
+    try:
+        with torch.device(device):
+            language = LlamaForCausalLM(config)
+            projector = build_projector("linear", shape.vision_hidden, shape.hidden)
+    finally:
+        torch.set_default_dtype(before)
+    return VisionLanguageModel(language, projector)
+
+
+def _set_recompute(model: VisionLanguageModel, share: float) -> None:
+    """Recomputes the first `share` of the layers in the backward pass, instead of keeping what they made."""
+    if not share:
+        return
+    model.language.gradient_checkpointing_enable({"use_reentrant": False})
+    layers = model.language.model.layers
+    for number, layer in enumerate(layers):
+        layer.gradient_checkpointing = number < round(share * len(layers))
+
+
+class _Varlen:
+    """Attention inside each sample with torch's variable-length flash kernel, as a kind of transformers'.
+
+    The starts of samples lie in one tensor of fixed size, whose content changes: nothing is compiled anew.
+    """
+
+    NAME = "bench_varlen"
+
+    def __init__(self, longest: int) -> None:
+        from torch.nn.attention.varlen import varlen_attn
+
+        self._starts: Tensor | None = None
+        ALL_ATTENTION_FUNCTIONS.register(self.NAME, self._attend)
+        self._varlen, self._longest = varlen_attn, longest
+
+    def set(self, starts: Tensor) -> None:
+        """Takes the starts [most samples + 1] of the next batch."""
+        if self._starts is None:
+            self._starts = torch.empty_like(starts)
+        self._starts.copy_(starts)
+
+    def _attend(
+        self,
+        module: nn.Module,
+        query_BATD: Tensor,
+        key_BATD: Tensor,
+        value_BATD: Tensor,
+        attention_mask: None,
+        scaling: float | None = None,
+        **unused: Any,
+    ) -> tuple[Tensor, None]:
+        batch, _, length, _ = query_BATD.shape
+        flat = [x.transpose(1, 2).flatten(0, 1) for x in (query_BATD, key_BATD, value_BATD)]
+        out = self._varlen(
+            *flat, self._starts, self._starts, self._longest, self._longest,
+            scale=scaling, window_size=(-1, 0), enable_gqa=flat[0].shape[1] != flat[1].shape[1],
+        )  # fmt: skip
+        return out.unflatten(0, (batch, length)), None
+
+
+class MasterAdamW:
+    """torch's fused AdamW on fp32 copies of bf16 weights, by chunks: fp32 gradients then take little room."""
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float) -> None:
+        self._all = parameters
+        self._chunks: list[tuple[list[nn.Parameter], list[nn.Parameter], torch.optim.Optimizer]] = []
+        chunk: list[nn.Parameter] = []
+        for parameter in parameters:
+            chunk.append(parameter)
+            if sum(p.numel() for p in chunk) >= _CHUNK_ELEMENTS:
+                self._add(chunk, lr)
+                chunk = []
+        if chunk:
+            self._add(chunk, lr)
+
+    def _add(self, chunk: list[nn.Parameter], lr: float) -> None:
+        masters = [nn.Parameter(parameter.detach().float()) for parameter in chunk]
+        self._chunks.append((chunk, masters, torch.optim.AdamW(masters, lr=lr, weight_decay=0.0, fused=True)))
+
+    def step(self, max_norm: float) -> None:
+        """Clips the gradients by their global norm, updates, and drops them."""
+        nn.utils.clip_grad_norm_(self._all, max_norm)
+        for chunk, masters, optimizer in self._chunks:
+            for parameter, master in zip(chunk, masters, strict=True):
+                master.grad = None if parameter.grad is None else parameter.grad.float()
+                parameter.grad = None
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                torch._foreach_copy_(chunk, masters)
+
+
+# --- batches ---
+
+
+def _batch(work: dict[str, Any], shape: Shape, rng: random.Random) -> Packed:
+    """Rows of samples, best fit, as training packs a global batch; of a larger batch, some of the rows."""
+    stage: StageName = work["stage"]
+    room, wanted = work["row_tokens"], work["rows"]
+    text = quantile_lengths(stage, 64 * wanted, work["text_scale"])
+    lengths = [min(room, shape.image_tokens + length) for length in text]
+    rng.shuffle(lengths)
+    packed = pack(lengths, room)
+    chosen = rng.sample(packed, wanted)
+    rows = [[_row(stage, lengths[i], shape, rng) for i in row] for row in chosen]
+    sizes = [[lengths[i] for i in row] for row in chosen]
+    batch = _pad_to(collate_packed(rows, shape.vision_hidden), room)
+    supervised = int((batch.labels_BT[:, 1:] != IGNORE_INDEX).sum())
+    device = torch.device(work["device"])
+    flat = tuple(length for row in sizes for length in row)
+    features = batch.features_MD.to(_DTYPE)
+    moved = Batch(batch.input_ids_BT, batch.labels_BT, features, None, batch.position_ids_BT).to(device)
+    return Packed(moved, flat, supervised, _starts(sizes, room, shape).to(device))
+
+
+def _row(stage: StageName, length: int, shape: Shape, rng: random.Random) -> Row:
+    """A sample of `length` tokens: an image, then text, the end of which is supervised."""
+    text = length - shape.image_tokens
+    ids = [IMAGE_TOKEN_INDEX] * shape.image_tokens + [rng.randrange(shape.vocabulary) for _ in range(text)]
+    supervised = max(1, round(_SUPERVISED[stage] * text))
+    labels = [IGNORE_INDEX] * (length - supervised) + ids[length - supervised :]
+    return Row(ids, labels, torch.randn(shape.image_tokens, shape.vision_hidden))
+
+
+def _pad_to(batch: Batch, length: int) -> Batch:
+    """Pads rows to `length`, so that all batches have one shape; it counts on from the last sample."""
+    extra = length - batch.input_ids_BT.shape[1]
+    positions_BT = batch.position_ids_BT
+    if positions_BT is None:
+        positions_BT = torch.arange(batch.input_ids_BT.shape[1]).repeat(len(batch.input_ids_BT), 1)
+    more = positions_BT[:, -1:] + torch.arange(1, extra + 1)
+    return Batch(
+        nn.functional.pad(batch.input_ids_BT, (0, extra)),
+        nn.functional.pad(batch.labels_BT, (0, extra), value=IGNORE_INDEX),
+        batch.features_MD,
+        None,
+        torch.cat([positions_BT, more], dim=1),
+    )
+
+
+def _starts(sizes: list[list[int]], room: int, shape: Shape) -> Tensor:
+    """Starts of samples in the flattened rows, padding being a sample of its own; then empty ones."""
+    starts = [0]
+    for row in sizes:
+        padding = room - sum(row)
+        for size in [*row, padding] if padding else row:
+            starts.append(starts[-1] + size)
+    most = len(sizes) * (room // shape.image_tokens + 2)
+    return torch.tensor(starts + [starts[-1]] * (most + 1 - len(starts)), dtype=torch.int32)

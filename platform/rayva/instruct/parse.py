@@ -1,0 +1,115 @@
+"""Reads what a teacher wrote: questions and answers, or why they cannot be used."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from rayva.instruct.contexts import Kind
+from rayva.text.instructions import DETAILED, choose_instruction
+
+REASONS = frozenset(
+    {
+        "empty", "cut", "missing_separator", "roles_swapped", "empty_question", "empty_answer", "wrong_count",
+        "text_around", "invalid_text",
+    }
+)  # fmt: skip
+"""Why `parse` rejects an answer."""
+
+# `===` on a line of its own; teachers also write more of them, or spaces around.
+_SEPARATOR = re.compile(r"^[ \t]*={3,}[ \t]*$", re.MULTILINE)
+# "Question:", "**Question 2:**", "### Answer:", "Q:" at the head of a block.
+_ROLE = re.compile(
+    r"\s*(?:#{1,4}\s*)?(?:[*_]{1,2})?(question|answer|q|a)(?:\s*\d{1,2})?\s*(?:[*_]{1,2})?\s*:"
+    r"(?:[*_]{1,2})?[ \t]*",
+    re.IGNORECASE,
+)
+_LABEL_INSIDE = re.compile(
+    r"^[ \t#*_]*(?:question|answer)(?:[ \t]*\d{1,2})?[ \t*_]*:", re.IGNORECASE | re.MULTILINE
+)
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffd]")
+_IMAGE = re.compile(r"<\s*image\s*>", re.IGNORECASE)
+
+
+class Rejected(Exception):
+    """An answer that cannot be used: one of `REASONS`, and what was seen."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        assert reason in REASONS, reason
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A question and its answer."""
+
+    question: str
+    answer: str
+
+
+def parse(kind: Kind, text: str, finish_reason: str | None = "stop") -> list[Pair]:
+    """The pairs in a teacher's answer; a detailed description is an answer whose question is empty.
+
+    Conversations and reasoning are blocks, `Question:` and `Answer:` in turn, with a line `===` between them.
+    Spaces, numbers behind the labels, Markdown around them and missing empty lines do no harm.
+
+    Raises:
+        Rejected: the answer is cut, or not in the format.
+    """
+    text = text.replace("\r\n", "\n").strip().strip("\ufeff")
+    if not text:
+        raise Rejected("empty")
+    if finish_reason in ("length", "content_filter"):
+        raise Rejected("cut", f"finish_reason is {finish_reason}")
+    if _CONTROL.search(text) or _IMAGE.search(text):
+        raise Rejected("invalid_text", "control or damaged characters, or an image mark")
+    if kind == "detail":
+        return [Pair("", _plain(text))]
+    pairs = _pairs(text)
+    if kind == "reasoning" and len(pairs) != 1:
+        raise Rejected("wrong_count", f"{len(pairs)} questions where one was asked for")
+    return pairs
+
+
+def detail_question(context_id: str, seed: int) -> str:
+    """The question that a detailed description answers: one of our 16, the same for the same arguments."""
+    return choose_instruction(DETAILED, seed, context_id)
+
+
+def _plain(text: str) -> str:
+    if _SEPARATOR.search(text) or _LABEL_INSIDE.search(text):
+        raise Rejected("text_around", "a description has no questions and separators in it")
+    return text
+
+
+def _pairs(text: str) -> list[Pair]:
+    blocks = [block for block in _SEPARATOR.split(text) if block.strip()]
+    if not blocks:
+        raise Rejected("empty")
+    turns = [_turn(number, block) for number, block in enumerate(blocks)]
+    expected = ["question", "answer"] * ((len(turns) + 1) // 2)
+    roles = [role for role, _ in turns]
+    if len(roles) % 2:
+        raise (
+            Rejected("cut", "the last question has no answer")
+            if roles[-1] == "question"
+            else Rejected("roles_swapped", ", ".join(roles))
+        )
+    if roles != expected:
+        raise Rejected("roles_swapped", ", ".join(roles[:8]))
+    return [Pair(turns[i][1], turns[i + 1][1]) for i in range(0, len(turns), 2)]
+
+
+def _turn(number: int, block: str) -> tuple[str, str]:
+    label = _ROLE.match(block)
+    if label is None:
+        why = "text_around" if number == 0 and "question" in block.lower() else "missing_separator"
+        raise Rejected(why, block.strip()[:80])
+    role = "question" if label[1].lower().startswith("q") else "answer"
+    body = block[label.end() :].strip()
+    if _LABEL_INSIDE.search(body):
+        raise Rejected("missing_separator", body[:80])
+    if not body:
+        raise Rejected(f"empty_{role}")
+    return role, body

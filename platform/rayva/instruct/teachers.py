@@ -1,0 +1,165 @@
+"""Teachers behind one protocol: an endpoint, files of a batch API, and the built-in symbolic one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any, Protocol
+
+from rayva.data.locations import open_input
+from rayva.errors import DataError, RecipeError
+from rayva.instruct.prompts import PromptSet
+from rayva.instruct.symbolic import symbolic_answer
+from rayva.instruct.tasks import Task
+from rayva.llm.cache import AnswerCache
+from rayva.llm.client import ChatClient
+from rayva.llm.request import ChatAnswer, ChatRequest, LLMError, PassingError, Sampling, read_completion
+from rayva.recipes.schema import Generation
+
+SYMBOLIC = "symbolic"
+
+
+class NotAnsweredYet(LLMError):
+    """The batch that holds this request has not been read yet."""
+
+
+class Teacher(Protocol):
+    """Answers a task, in the format of its kind."""
+
+    async def answer(self, task: Task, attempt: int) -> ChatAnswer:
+        """The teacher's words; `attempt` counts from 0, and a later one may give other words.
+
+        Raises:
+            LLMError: there is no answer.
+        """
+        ...
+
+
+class Requests:
+    """What an endpoint is asked for each task."""
+
+    def __init__(self, settings: Generation, prompts: PromptSet) -> None:
+        self._settings, self._prompts = settings, prompts
+        if settings.model is None:
+            raise RecipeError(
+                f"generation.teacher={settings.teacher} needs generation.model", "name the teacher's model"
+            )
+        self.model = settings.model
+
+    def of(self, task: Task, attempt: int = 0) -> ChatRequest:
+        """The request for a task; one that is asked again, or repeated, differs in its seed."""
+        settings = self._settings
+        boxes = task.kind != "conversation" or settings.boxes_in_conversations
+        sampling = Sampling(
+            settings.temperature, settings.top_p, settings.max_tokens, settings.seed + task.repeat
+        )
+        messages = self._prompts.messages(task.kind, task.context, boxes)
+        request = ChatRequest(self.model, _rotated(messages, task.repeat), sampling, attempt)
+        return replace(request, sampling=replace(sampling, seed=(sampling.seed or 0) + 1000 * attempt))
+
+
+def _rotated(messages: tuple[dict[str, str], ...], by: int) -> tuple[dict[str, str], ...]:
+    """The examples in another order for each repeat: at temperature 0 only that changes the answer."""
+    examples = [messages[i : i + 2] for i in range(1, len(messages) - 1, 2)]
+    if not examples:
+        return messages
+    by %= len(examples)
+    turned = [message for example in examples[by:] + examples[:by] for message in example]
+    return (messages[0], *turned, messages[-1])
+
+
+class EndpointTeacher:
+    """Asks an OpenAI-compatible endpoint."""
+
+    def __init__(self, client: ChatClient, requests: Requests) -> None:
+        self._client, self._requests = client, requests
+
+    async def answer(self, task: Task, attempt: int) -> ChatAnswer:
+        return await self._client.ask(self._requests.of(task, attempt))
+
+
+class SymbolicTeacher:
+    """The built-in teacher: no network, no cost, and exact about what the boxes say."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    async def answer(self, task: Task, attempt: int) -> ChatAnswer:
+        text = symbolic_answer(task.kind, task.context, self._seed + task.repeat + 1000 * attempt)
+        return ChatAnswer(text, "stop" if text else None, 0, 0, SYMBOLIC, 0.0)
+
+
+class BatchTeacher:
+    """Answers from the files of a batch API that have been read into the cache."""
+
+    def __init__(self, cache: AnswerCache, requests: Requests) -> None:
+        self._cache, self._requests = cache, requests
+
+    async def answer(self, task: Task, attempt: int) -> ChatAnswer:
+        known = self._cache.get(self._requests.of(task, attempt))
+        if known is None:
+            raise NotAnsweredYet(f"{task.task_id} waits for its batch")
+        return known
+
+
+def batch_lines(requests: Iterable[ChatRequest]) -> Iterator[str]:
+    """Lines of a batch file, one request each, in the form of OpenAI's batch API."""
+    for request in requests:
+        line = {
+            "custom_id": request.digest,
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": request.body(),
+        }
+        yield json.dumps(line)
+
+
+def read_batch_results(
+    uri: str, find: Callable[[str], ChatRequest | None], cache: AnswerCache
+) -> dict[str, int]:
+    """Puts the answers of a result file into the cache; what is there already stays.
+
+    Args:
+        find: the request with this digest, or None if it is not one of this run.
+
+    Returns:
+        Counts: `read`, `known` before, `failed` (the API gave an error), `foreign` (of another run).
+
+    Raises:
+        DataError: the file is missing, or a line is not in the API's form.
+    """
+    counts = {"read": 0, "known": 0, "failed": 0, "foreign": 0}
+    with open_input(uri, "the batch's results") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            digest, body = _result(uri, number, line)
+            request = find(digest)
+            if request is None:
+                counts["foreign"] += 1
+            elif cache.get(request) is not None:
+                counts["known"] += 1
+            elif body is None:
+                counts["failed"] += 1
+            else:
+                try:
+                    cache.put_now(request, read_completion(body, request, 0.0))
+                    counts["read"] += 1
+                except PassingError:
+                    counts["failed"] += 1
+    return counts
+
+
+def _result(uri: str, number: int, line: bytes) -> tuple[str, Any]:
+    """custom_id and the completion's JSON; None where the API tells of an error."""
+    try:
+        row = json.loads(line)
+        response = row.get("response") or {}
+        good = row.get("error") is None and response.get("status_code") == 200
+        return str(row["custom_id"]), response.get("body") if good else None
+    except (ValueError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"{uri} line {number} is not a result of the batch API: {error!r}",
+            "give the output file that the batch API made",
+        ) from error

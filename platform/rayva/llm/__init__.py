@@ -1,0 +1,1 @@
+"""Talking to a paid, OpenAI-compatible chat endpoint: limits, retries, a cache of answers, and a budget."""

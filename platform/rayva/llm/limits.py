@@ -1,0 +1,47 @@
+"""Limits on requests and tokens a minute."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+_MINUTE = 60.0
+_BURST_SECONDS = 5.0
+"""How much of a minute's allowance may be used at once."""
+
+
+class _Bucket:
+    """A token bucket: fills at `per_minute`, holds a few seconds' worth."""
+
+    def __init__(self, per_minute: float) -> None:
+        self.rate = per_minute / _MINUTE
+        self.room = max(1.0, self.rate * _BURST_SECONDS)
+        self.level, self.at = self.room, time.monotonic()
+
+    def take(self, amount: float) -> float:
+        """Takes `amount`, going below zero if need be; seconds until it is paid for."""
+        now = time.monotonic()
+        self.level = min(self.room, self.level + (now - self.at) * self.rate)
+        self.at = now
+        self.level -= amount
+        return max(0.0, -self.level / self.rate)
+
+
+class RateLimit:
+    """Holds calls back so that an endpoint's limits are kept; None is no limit."""
+
+    def __init__(self, requests_per_minute: float | None, tokens_per_minute: float | None) -> None:
+        self._requests = _Bucket(requests_per_minute) if requests_per_minute else None
+        self._tokens = _Bucket(tokens_per_minute) if tokens_per_minute else None
+
+    async def acquire(self, tokens: int) -> None:
+        """Waits until a call of about `tokens` tokens, prompt and answer, may start."""
+        waits = [self._requests.take(1.0)] if self._requests else []
+        waits += [self._tokens.take(float(tokens))] if self._tokens else []
+        if waits and max(waits) > 0:
+            await asyncio.sleep(max(waits))
+
+    def correct(self, estimated: int, actual: int) -> None:
+        """Takes back what a call was thought to use beyond what it did use, or the other way about."""
+        if self._tokens:
+            self._tokens.take(float(actual - estimated))

@@ -1,0 +1,116 @@
+"""LLaVA-Bench from files of reviews: the published figure, failures, the original's treatment, bad files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayva.errors import DataError
+from rayva.evaluation.reviews import FAILED, parse_scores, read_reviews, score_reviews
+from tests.evaluation.released import WILD, figures, needs, rayva
+
+
+def review(number: int, scores: list[float], **fields: Any) -> dict[str, Any]:
+    return {"question_id": number, "category": "conv", "content": "", "tuple": scores, **fields}
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@needs(WILD)
+def test_the_published_reviews_of_llava_1_5_13b() -> None:
+    found = figures("score", "llava-bench", "--reviews", *sorted(WILD.glob("*.jsonl")))
+    assert round(found["relative_score"], 2) == 72.55
+    assert [round(score, 2) for score in found["scores"]] == [72.83, 72.74, 72.07]
+    assert found["parse_failures"] == 0
+    assert set(found["by_category"]) == {f"llava_bench_{name}" for name in ("conv", "detail", "complex")}
+    counts = next(iter(found["each_run"].values()))["by_category"]
+    assert sum(cell["reviews"] for cell in counts.values()) == 60
+
+
+@pytest.mark.parametrize(
+    ("content", "scores"),
+    [
+        ("8 9\nBoth are good.", (8.0, 9.0)),
+        ("8, 9.5", (8.0, 9.5)),
+        ("8 9 7\n", FAILED),
+        ("Assistant 1: 8", FAILED),
+        ("\n8 9", FAILED),
+        ("-1 -1", FAILED),
+        ("nan 3", FAILED),
+        ("inf 3", FAILED),
+        ("", FAILED),
+    ],
+)
+def test_scores_are_read_from_the_first_line(content: str, scores: tuple[float, float]) -> None:
+    assert parse_scores(content) == scores
+
+
+def test_failures_are_left_out_unless_the_original_is_wanted(tmp_path: Path) -> None:
+    rows = [review(0, [10, 5]), review(1, [10, 7]), review(2, [-1, -1], category="detail")]
+    runs = {"run": read_reviews(write(tmp_path / "r.jsonl", rows))}
+    found = score_reviews(runs).figures
+    assert found["relative_score"] == 60.0
+    assert found["parse_failures"] == 1
+    assert found["by_category"]["detail"]["relative_score"] is None
+    original = score_reviews(runs, "original").figures
+    assert original["relative_score"] == round(100 * 11 / 19, 4)
+
+
+def test_vicuna_reviews_and_the_other_answer(tmp_path: Path) -> None:
+    rows = [
+        {
+            "review_id": "a",
+            "question_id": n,
+            "answer1_id": "x",
+            "answer2_id": "y",
+            "text": "...",
+            "score": score,
+        }
+        for n, score in enumerate([[8, 10], [6, 10]])
+    ]
+    path = write(tmp_path / "vicuna.jsonl", rows)
+    assert score_reviews({path: read_reviews(path)}).figures["relative_score"] == round(100 * 20 / 14, 4)
+    found = figures("score", "llava-bench", "--candidate", 1, "--reviews", path)
+    assert found["relative_score"] == 70.0
+    assert found["by_category"] == {}
+
+
+def test_both_orders_of_a_question_are_one_run(tmp_path: Path) -> None:
+    rows = [review(0, [10, 5], order="reference_first"), review(0, [8, 7], order="candidate_first")]
+    scored = score_reviews({"run": read_reviews(write(tmp_path / "r.jsonl", rows))})
+    assert scored.figures["relative_score"] == round(100 * 12 / 18, 4)
+    assert scored.rows[0].parts["relative_score"] == [(12.0, 18.0)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"question_id": 1, "text": "an answer"}], "neither tuple nor score"),
+        ([{"tuple": [1, 2]}], "no question_id"),
+        ([review(1, [1, 2]), review(1, [1, 2])], "again"),
+        ([review(1, [1])], "two scores"),
+        ([review(1, [True, 2])], "expected a number"),
+        ([review(1, [1, 2]), {"question_id": 2, "tuple": [1, 2]}], "do not mix"),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_reviews(write(tmp_path / "r.jsonl", rows))
+
+
+def test_cut_and_unequal_runs_are_refused(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole.jsonl", [review(n, [9, 8]) for n in range(3)])
+    short = write(tmp_path / "short.jsonl", [review(n, [9, 8]) for n in range(2)])
+    refused = rayva("score", "llava-bench", "--reviews", whole, short)
+    assert refused.returncode == 2
+    assert "different questions" in refused.stderr
+    cut = tmp_path / "cut.jsonl"
+    cut.write_text(Path(whole).read_text()[:-20])
+    with pytest.raises(DataError, match="line 3"):
+        read_reviews(str(cut))

@@ -1,0 +1,221 @@
+"""ScienceQA from files of predictions: the published figures, every form of file, ensembles, bad files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rayva.commands import score
+from rayva.errors import DataError
+from rayva.evaluation.predictions import Predictions, read_predictions
+from rayva.evaluation.tasks.scienceqa import (
+    Problem,
+    parse_choice,
+    question_text,
+    read_problems,
+    score_predictions,
+)
+from rayva.evaluation.tasks.scienceqa_ensemble import complement, judge_prompt, judged
+from tests.evaluation.released import SCIENCEQA, figures, needs, rayva
+
+CHOICES = ["red", "green", "blue"]
+
+
+def problem(key: str, answer: int, **fields: Any) -> Problem:
+    given = {"hint": "", "image": None, "subject": None, "grade": None, **fields}
+    return Problem(key, f"Question {key}?", tuple(CHOICES), answer, **given)
+
+
+def write(path: Path, value: object) -> Path:
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> dict[str, Path]:
+    """Four problems with all fields, in files."""
+    rows = {
+        "1": ("natural science", "grade2", "A hint.", None, 0),
+        "2": ("social science", "grade7", "", "image.png", 1),
+        "3": ("language science", "grade12", "A hint.", "image.png", 2),
+        "4": ("natural science", "grade6", "", None, 0),
+    }
+    problems = {
+        key: {
+            "question": f"Question {key}?", "choices": CHOICES, "answer": answer, "hint": hint,
+            "image": image, "subject": subject, "grade": grade, "split": "test",
+        }
+        for key, (subject, grade, hint, image, answer) in rows.items()
+    }  # fmt: skip
+    problems["9"] = {**problems["1"], "split": "train"}
+    return {
+        "problems": write(tmp_path / "problems.json", problems),
+        "splits": write(tmp_path / "pid_splits.json", {"test": list(rows), "train": ["9"]}),
+        "folder": tmp_path,
+    }
+
+
+@needs(SCIENCEQA)
+def test_the_published_predictions_of_llava_13b() -> None:
+    found = figures(
+        "score", "scienceqa", "--problems", SCIENCEQA / "problems_test_partial.json",
+        "--splits", SCIENCEQA / "pid_splits.json",
+        "--predictions", SCIENCEQA / "llava_13b_v0_predictions.json",
+    )  # fmt: skip
+    parsed, stored = found["from_outputs"], found["from_indices"]
+    assert (parsed["correct"], parsed["count"], parsed["unparsable"]) == (3855, 4241, 1)
+    assert round(parsed["accuracy"], 2) == 90.90
+    assert stored["correct"] == 3856
+    assert round(stored["accuracy"], 2) == 90.92
+    cells = {name: round(cell["accuracy"], 2) for name, cell in stored["by_context"].items()}
+    assert cells == {"TXT": 89.49, "IMG": 88.00, "NO": 90.66}
+    assert [row["question_id"] for row in found["differ"]] == ["3247"]
+    assert set(found["not_available"]) == {"by_subject", "by_grade"}
+
+
+@pytest.mark.parametrize(
+    ("text", "index"),
+    [
+        ("The answer is B.", 1),
+        ("LECTURE: ...\nThe answer is C. BECAUSE: it is.", 2),
+        ("A", 0),
+        (" B\n", 1),
+        ("C. blue", 2),
+        ("SOLUTION: ...\n###\nANSWER: B.", 1),
+        ("The answer is A. No: The answer is B.", None),
+        ("The answer is D.", None),  # there are three choices
+        ("The answer is b.", None),
+        ("blue", None),
+        ("", None),
+    ],
+)
+def test_answers_are_read_by_rule(text: str, index: int | None) -> None:
+    assert parse_choice(text, len(CHOICES)) == index
+
+
+def test_questions_are_written_as_the_conversion_does() -> None:
+    plain = problem("1", 0)
+    assert question_text(plain, "QCM-LEA") == "Question 1?\nContext: N/A\nOptions: (A) red (B) green (C) blue"
+    hinted = problem("2", 0, hint="Look.")
+    assert question_text(hinted, "CQM-A").startswith("Context: Look.\nQuestion: Question 2?\nOptions:")
+    assert question_text(hinted, "QCM-A").endswith(
+        "Answer with the option's letter from the given choices directly."
+    )
+
+
+def test_breakdowns_and_counts(data: dict[str, Path]) -> None:
+    outputs = {"1": "The answer is A.", "2": "The answer is A.", "3": "no idea"}
+    results = {"1": 0, "2": 1, "3": -1}
+    file = write(data["folder"] / "p.json", {"acc": 50.0, "results": results, "outputs": outputs})
+    problems = read_problems(str(data["problems"]), str(data["splits"]), "test")
+    found = score_predictions(problems, read_predictions(str(file)), "test").figures
+    parsed = found["from_outputs"]
+    assert found["missing"] == 1
+    assert (parsed["correct"], parsed["count"], parsed["unparsable"]) == (1, 4, 2)
+    assert parsed["accuracy"] == 25.0
+    assert {name: (cell["correct"], cell["count"]) for name, cell in parsed["by_subject"].items()} == {
+        "NAT": (1, 2), "SOC": (0, 1), "LAN": (0, 1)
+    }  # fmt: skip
+    assert {n: (c["correct"], c["count"]) for n, c in parsed["by_grade"].items()} == {
+        "G1-6": (1, 2), "G7-12": (0, 2)
+    }  # fmt: skip
+    assert {n: c["count"] for n, c in parsed["by_context"].items()} == {"TXT": 2, "IMG": 2, "NO": 1}
+    assert found["from_indices"]["correct"] == 2
+    assert found["differ"] == [{"question_id": "2", "from_outputs": "A", "from_indices": "B", "answer": "B"}]
+    assert found["not_available"] == {}
+    assert found["reported_by_file"] == {"acc": 50.0}
+
+
+TEXTS = {"1": "The answer is A.", "2": "B", "3": "C. blue", "4": "The answer is B."}
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"results": {"1": 0, "2": 1, "3": 2, "4": 1}},
+        {"acc": 75, "correct": 3, "count": 4, "shot_qids": ["9"], "args": {}, "outputs": TEXTS,
+         "results": {"1": 0, "2": 1, "3": 2, "4": 1}},
+        TEXTS,
+        {key: {"text": text} for key, text in TEXTS.items()},
+        [{"question_id": key, "prompt": "?", "text": text, "answer_id": "x", "model_id": "m", "metadata": {}}
+         for key, text in TEXTS.items()],
+        "\n".join(json.dumps({"question_id": int(key), "text": text}) for key, text in TEXTS.items()),
+        json.dumps({"correct": [{"question_id": k, "pred": t} for k, t in TEXTS.items() if k != "4"],
+                    "incorrect": [{"question_id": "4", "pred": TEXTS["4"]}]}, indent=2),
+    ],
+    ids=["indices", "gpt3", "plain", "records", "array", "lines", "analysed"],
+)  # fmt: skip
+def test_every_form_of_file_gives_the_same_figure(data: dict[str, Path], written: object) -> None:
+    file = write(data["folder"] / "predictions.json", written)
+    problems = read_problems(str(data["problems"]), str(data["splits"]), "test")
+    found = score_predictions(problems, read_predictions(str(file)), "test").figures
+    figure = found["from_outputs"] or found["from_indices"]
+    assert (figure["correct"], figure["count"]) == (3, 4)
+
+
+def test_ensembles() -> None:
+    problems = [problem(str(n), 0) for n in range(5)]
+    right, wrong, none = "The answer is A.", "The answer is B.", "I cannot tell."
+    first = Predictions("first", dict(zip("01234", [right, wrong, right, wrong, wrong], strict=True)))
+    second = Predictions("second", dict(zip("01234", [wrong, right, none, none, right], strict=True)))
+    both = complement(problems, first, second)
+    assert (both["correct"], both["differ"], both["either_right"]) == (3, 5, 4)
+    assert both["second"]["unparsable"] == 2
+    waiting = judged(problems, first, second, None)
+    assert waiting["accuracy"] is None
+    assert waiting["lowest_accuracy"] == 0.0
+    assert waiting["highest_accuracy"] == 80.0
+    verdicts = Predictions("judge", {"0": right, "1": none, "2": wrong, "4": right})
+    decided = judged(problems, first, second, verdicts)
+    assert decided["correct"] == 2  # 0 and 4; 1 falls back to the first's wrong answer, 3 was never asked
+    assert (decided["judge_unanswered"], decided["judge_unparsable"]) == (1, 1)
+    prompt = judge_prompt(problems[0], right, wrong)
+    assert prompt.index("Question 0?") < prompt.index(right) < prompt.index(wrong)
+
+
+def test_the_command_with_a_second_model(data: dict[str, Path], tmp_path: Path) -> None:
+    first = write(tmp_path / "f.json", TEXTS)
+    second = write(tmp_path / "g.json", {"results": {"1": 0, "2": -1, "3": 2, "4": 0}})
+    places = ["--problems", data["problems"], "--splits", data["splits"], "--predictions", first]
+    found = figures("score", "scienceqa", *places, "--second", second, "--ensemble", "complement")
+    assert found["ensemble"]["correct"] == 4
+    refused = rayva("score", "scienceqa", *places, "--second", second)
+    assert refused.returncode == 2
+    assert "--ensemble" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("", "is empty"),
+        ('{"outputs": {"1": "The ans', "not whole JSON"),
+        ('{"question_id": 1, "text": "A"}\n{"question_id": 2, "te', "line 2"),
+        ('{"question_id": 1, "text": "A"}\n{"question_id": 1, "text": "B"}', "more than once"),
+        ('{"question_id": 1, "text": "A"}\n{"review": 1}', "no question_id"),
+        ({"outputs": {"1": "A"}, "results": {"2": 0}}, "different questions"),
+        ({"outputs": {"77": "A"}}, "does not have"),
+        ({"outputs": {"9": "A"}}, "answers no problem"),
+        ({"outputs": {}, "results": {}}, "empty"),
+        ({"outputs": {"1": 3}}, "expected text"),
+        ({"results": {"1": "B"}}, "whole number"),
+        ({"results": {"1": float("nan")}}, "NaN"),
+        ([], "no rows"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_files_that_cannot_be_scored_are_refused(
+    data: dict[str, Path], written: object, message: str
+) -> None:
+    file = write(data["folder"] / "bad.json", written)
+    parser = argparse.ArgumentParser()
+    score.add_arguments(parser)
+    options = parser.parse_args(
+        ["scienceqa", "--problems", str(data["problems"]), "--splits", str(data["splits"]),
+         "--predictions", str(file)]
+    )  # fmt: skip
+    with pytest.raises(DataError, match=message):
+        score.run(options)

@@ -1,0 +1,159 @@
+"""The client against a real endpoint that misbehaves in every way that it must know."""
+
+import asyncio
+import time
+from email.utils import formatdate
+from pathlib import Path
+
+import pytest
+
+from rayva.errors import RecipeError
+from rayva.llm.cache import AnswerCache
+from rayva.llm.client import BudgetSpent, ChatClient, Endpoint, parse_retry_after
+from rayva.llm.prices import FREE, Budget, Price, Prices
+from rayva.llm.request import ChatAnswer, ChatRequest, PassingError, PermanentError, Sampling
+from rayva.storage import Storage
+from tests.llm.running import Running, teacher
+
+
+def request(number: int, max_tokens: int = 50) -> ChatRequest:
+    return ChatRequest(
+        "m", ({"role": "user", "content": f"question {number}"},), Sampling(max_tokens=max_tokens)
+    )
+
+
+def ask_all(
+    server: Running,
+    requests: list[ChatRequest],
+    cache: AnswerCache | None = None,
+    budget: Budget | None = None,
+    price: Price = FREE,
+    **settings: object,
+) -> list[ChatAnswer | BaseException]:
+    endpoint = Endpoint(server.base_url, first_delay=0.01, **settings)  # type: ignore[arg-type]
+
+    async def run() -> list[ChatAnswer | BaseException]:
+        async with ChatClient(endpoint, cache, budget, price) as client:
+            return await asyncio.gather(*(client.ask(r) for r in requests), return_exceptions=True)
+
+    return asyncio.run(run())
+
+
+def test_every_passing_error_is_tried_again_and_costs_one_call(tmp_path: Path) -> None:
+    faults = ["retry_after", "server_error", "cut", "not_json", "slow"]
+    with teacher(tmp_path, faults=faults, every=2, slow=5.0) as server:
+        answers = ask_all(server, [request(n) for n in range(12)], timeout=1.0, concurrency=4)
+        assert [a.text for a in answers if isinstance(a, ChatAnswer)] == [
+            f"echo question {n}" for n in range(12)
+        ]
+        assert server.calls == 12 + len(faults)
+
+
+def test_a_wrong_key_ends_at_once_and_is_not_told(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("TEST_KEY", "secret-wrong")
+    with teacher(tmp_path, key="right") as server:
+        [error] = ask_all(server, [request(0)], api_key_env="TEST_KEY")
+        assert isinstance(error, PermanentError)
+        assert error.fatal
+        assert "secret-wrong" not in str(error)
+        assert server.calls == 1
+        monkeypatch.setenv("TEST_KEY", "right")
+        [answer] = ask_all(server, [request(0)], api_key_env="TEST_KEY")
+        assert isinstance(answer, ChatAnswer)
+
+
+def test_a_server_that_is_away_is_given_up_after_the_attempts(tmp_path: Path) -> None:
+    with teacher(tmp_path) as server:
+        server.kill()
+        [error] = ask_all(server, [request(0)], attempts=3)
+    assert isinstance(error, PassingError)
+    assert "after 3 attempts" in str(error)
+
+
+def test_no_more_calls_in_flight_than_allowed(tmp_path: Path) -> None:
+    with teacher(tmp_path, latency=0.05) as server:
+        started = time.monotonic()
+        ask_all(server, [request(n) for n in range(12)], concurrency=3)
+        assert time.monotonic() - started >= 4 * 0.05
+
+
+def test_an_answer_is_paid_once_also_in_a_later_process(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path / "s"))
+    with teacher(tmp_path) as server:
+        first = ask_all(server, [request(n) for n in range(20)], AnswerCache(storage))
+        again = ask_all(server, [request(n) for n in range(25)], AnswerCache(storage))
+        assert server.calls == 25
+    texts = [a.text for a in first if isinstance(a, ChatAnswer)]
+    assert [a.text for a in again[:20] if isinstance(a, ChatAnswer)] == texts
+    assert [a.cached for a in again if isinstance(a, ChatAnswer)] == [True] * 20 + [False] * 5
+
+
+def test_another_sampling_or_attempt_is_another_question() -> None:
+    base = ChatRequest("m", ({"role": "user", "content": "q"},))
+    others = [
+        ChatRequest("n", base.messages),
+        ChatRequest("m", ({"role": "user", "content": "Q"},)),
+        ChatRequest("m", base.messages, Sampling(temperature=0.5)),
+        ChatRequest("m", base.messages, attempt=1),
+    ]
+    assert len({r.digest for r in (base, *others)}) == 5
+    assert ChatRequest("m", ({"content": "q", "role": "user"},)).digest == base.digest
+
+
+def test_the_budget_is_never_passed_and_what_is_left_is_used(tmp_path: Path) -> None:
+    # The endpoint bills 100 + 50 tokens: 0.00025 dollars. A call may cost as much as 0.00005 more.
+    price = Price(1.0, 3.0)
+    budget = Budget(0.0025)
+    with teacher(tmp_path, latency=0.01, prompt_tokens=10) as server:
+        answers = ask_all(server, [request(n) for n in range(40)], budget=budget, price=price, concurrency=8)
+        calls = server.calls
+    refused = [a for a in answers if isinstance(a, BudgetSpent)]
+    answered = [a for a in answers if isinstance(a, ChatAnswer)]
+    assert len(answered) + len(refused) == 40
+    assert len(answered) == calls
+    assert budget.spent == pytest.approx(sum(price.of_answer(a) for a in answered))
+    assert 0.002 < budget.spent <= 0.0025
+    assert budget.reserved == pytest.approx(0)
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [("3", 3.0), ("0.5", 0.5), ("-1", 0.0), (None, None), ("soon", None), ("nan", None), ("inf", None)],
+)
+def test_retry_after(value: str | None, seconds: float | None) -> None:
+    assert parse_retry_after(value) == seconds
+
+
+def test_retry_after_as_a_date() -> None:
+    seconds = parse_retry_after(formatdate(time.time() + 30, usegmt=True))
+    assert seconds is not None
+    assert 27 < seconds <= 30
+
+
+def test_limits_on_requests_and_tokens_hold_calls_back(tmp_path: Path) -> None:
+    # 600 a minute: five seconds' worth (50) at once, then one in a tenth of a second.
+    with teacher(tmp_path) as server:
+        started = time.monotonic()
+        ask_all(server, [request(n) for n in range(55)], requests_per_minute=600, concurrency=64)
+        assert time.monotonic() - started >= 0.4
+
+
+@pytest.mark.parametrize("url", ["ftp://x/v1", "localhost:8000", "http://user:hunter2@host/v1"])
+def test_addresses_that_cannot_be_used_are_refused(url: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Endpoint(url).check()
+    assert "hunter2" not in str(caught.value)
+
+
+def test_prices_of_families_and_of_a_table_of_ones_own(tmp_path: Path) -> None:
+    prices = Prices.load()
+    assert prices.find("gpt-4o-2024-08-06") == prices.find("gpt-4o") != prices.find("gpt-4o-mini")
+    assert prices.find("nobody-knows") is None
+    with pytest.raises(RecipeError, match="nobody-knows"):
+        prices.require("nobody-knows", "--max-cost")
+    own = tmp_path / "prices.yaml"
+    own.write_text("nobody-knows: {prompt: 1, completion: 2}\n")
+    assert Prices.load(str(own)).require("nobody-knows", "x").of(1_000_000, 500_000) == 2.0
+    own.write_text("nobody-knows: 3\n")
+    with pytest.raises(RecipeError, match=r"prices\.yaml"):
+        Prices.load(str(own))

@@ -1,0 +1,87 @@
+"""Answers that are damaged, or lost after they were paid for."""
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from aiohttp import web
+
+from rayva.llm.cache import AnswerCache
+from rayva.llm.client import BudgetSpent, ChatClient, Endpoint
+from rayva.llm.prices import Budget, Price
+from rayva.llm.request import ChatAnswer, ChatRequest, PassingError, Sampling, read_completion
+from rayva.storage import Storage
+
+ONE = ChatRequest("m", ({"role": "user", "content": "question"},), Sampling(max_tokens=50))
+
+
+def completion(content: Any = "good", **more: Any) -> dict[str, Any]:
+    return {"choices": [{"message": {"content": content}, **more.pop("choice", {})}], **more}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        None, [], {}, {"choices": []}, {"choices": [None]}, {"choices": [{"message": "x"}]},
+        completion([{"type": "text"}]), completion(usage=[1]),
+        completion(usage={"prompt_tokens": float("inf")}),
+        completion(usage={"completion_tokens": float("nan")}),
+        completion(usage={"prompt_tokens": "many"}),
+    ],
+)  # fmt: skip
+def test_what_is_no_completion_is_a_passing_error_that_may_cost(body: object) -> None:
+    with pytest.raises(PassingError) as caught:
+        read_completion(body, ONE, 0.0)
+    assert caught.value.billed
+
+
+def test_an_answer_can_always_be_written_and_never_costs_less_than_nothing() -> None:
+    body = completion("half \ud83d a pair", usage={"prompt_tokens": -7}, choice={"finish_reason": ["\udc00"]})
+    answer = read_completion(body, ONE, 0.0)
+    assert answer.text == "half \ufffd a pair"
+    assert answer.prompt_tokens > 0
+    pa.table({"text": [answer.text], "reason": [answer.finish_reason]})
+    assert read_completion(completion("\ud83d\ude00"), ONE, 0.0).text == "\U0001f600"
+
+
+async def _served(bodies: list[bytes], cache: AnswerCache, budget: Budget) -> list[Any]:
+    """Asks `ONE` of a server that gives these bodies in turn, until it is answered or refused."""
+
+    async def respond(_: web.Request) -> web.Response:
+        return web.Response(body=bodies.pop(0), content_type="application/json")
+
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", respond)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    endpoint = Endpoint(f"http://127.0.0.1:{runner.addresses[0][1]}/v1", first_delay=0.01)
+    try:
+        async with ChatClient(endpoint, cache, budget, Price(0.0, 1.0)) as client:
+            return await asyncio.gather(client.ask(ONE), return_exceptions=True)
+    finally:
+        await runner.cleanup()
+
+
+def test_lost_answers_count_as_spent_also_after_a_restart(tmp_path: Path) -> None:
+    storage, price = Storage(str(tmp_path)), Price(0.0, 1.0)
+    good = json.dumps(completion(usage={"prompt_tokens": 5, "completion_tokens": 10})).encode()
+    worst = 50 / 1_000_000
+    budget = Budget(10 * worst)
+    cache = AnswerCache(storage)
+    [answer] = asyncio.run(_served([b"[" * 200_000, b"<html>", good], cache, budget))
+    assert isinstance(answer, ChatAnswer)
+    assert budget.spent == pytest.approx(2 * worst + 10 / 1_000_000)
+    again = AnswerCache(storage)
+    assert len(again) == 1
+    assert again.get(ONE) is not None
+    assert sum(price.of_answer(a) for a in again.answers()) == pytest.approx(budget.spent)
+
+
+def test_lost_answers_use_the_budget_up(tmp_path: Path) -> None:
+    budget = Budget(2.5 * 50 / 1_000_000)
+    [error] = asyncio.run(_served([b"{"] * 6, AnswerCache(Storage(str(tmp_path))), budget))
+    assert isinstance(error, BudgetSpent)
