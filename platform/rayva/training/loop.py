@@ -16,6 +16,7 @@ import torch.distributed as dist
 from rayva.errors import TrainingError
 from rayva.model.attention import isolate_samples
 from rayva.model.freeze import apply_freeze_policy
+from rayva.model.lora import add_adapters
 from rayva.model.vlm import VisionLanguageModel
 from rayva.recipes.schema import Stage
 from rayva.training.checkpoint import Progress
@@ -65,6 +66,8 @@ def train(job: TrainJob, hooks: Hooks) -> TrainResult:
     logger.info("precision %s: %s", dtype, why)
     share = Share(dist.get_rank(), dist.get_world_size(), stage.micro_batch_size, _layout(job))
     torch.manual_seed(stage.seed)
+    if stage.lora.r:
+        add_adapters(job.model.language, stage.lora)
     apply_freeze_policy(job.model, stage.train)
     vision_hidden = job.model.vision_hidden
     micro_batches = plan.micro_batches(share.world_size, share.micro)
