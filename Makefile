@@ -44,7 +44,18 @@ format: $(STAMP) ## rewrite the sources as `make lint` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## the figures of docs/benchmarks.md
+bench: $(STAMP) ## the figures of docs/benchmarks.md, one script after the other (about an hour)
+	$(BIN)/python benchmarks/plan.py
+	$(BIN)/python benchmarks/loss_memory.py
+	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python benchmarks/vision_modes.py
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/wait.py
+	$(BIN)/python benchmarks/resume.py
+	$(BIN)/python benchmarks/generate.py
+	$(BIN)/python benchmarks/evaluate.py
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	    $(BIN)/python benchmarks/gpu_step.py; else echo "no CUDA GPU: gpu_step.py is left out"; fi
 	$(BIN)/python benchmarks/features.py --images 5000 --tower efficientnet_lite
 	rm -rf runs/bench-tiny
 	$(BIN)/python benchmarks/steps.py --recipe tiny --storage runs/bench-tiny

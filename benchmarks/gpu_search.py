@@ -48,10 +48,12 @@ class Search:
         compiled = on_gpu and not self._options.no_compile
         for attention in kinds:
             self._fit(attention=attention, compile=compiled, rows=self._options.rows, recompute=0.0)
+        if not on_gpu:
+            return self.trials
         if compiled and self.best:
             self._try(**self._like_best(compile=False))
         self._more_rows()
-        if on_gpu and self.best:
+        if self.best:
             self._fit(**self._like_best(rows=2 * self.best["rows"], recompute=1.0), whole=True)
             self._fit(**self._like_best(recompute=0.5), whole=True)
         return self.trials
@@ -67,7 +69,7 @@ class Search:
             before = self.best
             changed = self._like_best(rows=2 * before["rows"])
             trial = self._fit(**changed) if self._stage == "finetune" else self._try(**changed)
-            if trial is None or self.best is before or self._options.device == "cpu":
+            if trial is None or self.best is before:
                 return
 
     def _fit(self, whole: bool = False, **settings: Any) -> Trial | None:
@@ -91,10 +93,10 @@ class Search:
         if self._options.depth or self._memory is None:
             return int(self._options.depth or self._shape.layers)
         shape, tokens = self._shape, rows * self._options.row_tokens
-        kept = tokens * 2 * (10 * shape.hidden + 4 * shape.intermediate)  # activations of one layer, bf16
+        kept = tokens * 2 * (8 * shape.hidden + 3 * shape.intermediate)  # activations of one layer, bf16
         layer = _STATE_BYTES * shape.layer_parameters + kept * (1 - recompute)
-        fixed = _STATE_BYTES * 2 * shape.vocabulary * shape.hidden + kept + 3e9
-        return max(1, min(shape.layers, int((0.95 * self._memory - fixed) / layer)))
+        fixed = _STATE_BYTES * 2 * shape.vocabulary * shape.hidden + kept + 1e9
+        return max(1, min(shape.layers, int((self._memory - fixed) / layer)))
 
     def _try(self, **settings: Any) -> Trial | None:
         options = self._options

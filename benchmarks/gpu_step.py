@@ -45,7 +45,9 @@ def main() -> None:
         _child(json.loads(options.child))
         return
     started_on = support.machine()
-    device = support.run_child(__file__, {"kind": "device", "device": options.device}, _ENVIRONMENT)
+    device = support.run_child(
+        __file__, {"kind": "device", "device": options.device, "shape": options.shape}, _ENVIRONMENT
+    )
     peak = options.peak_tflops or peak_of(device["name"])
     deadline = time.monotonic() + options.budget_seconds
     figures: dict[str, Any] = {"device": device, "peak_tflops": peak, "stages": {}}
@@ -54,8 +56,6 @@ def main() -> None:
         until = deadline - (deadline - time.monotonic()) * (len(STAGES) - number) / len(STAGES)
         search = Search(stage, options, device, _trial_runner(common, until))
         figures["stages"][stage] = {"trials": search.run(), "best": search.best}
-    images = common | {"kind": "encode"}
-    figures["encoding"] = support.run_child(__file__, images, _ENVIRONMENT)
     support.report(options, _TITLE, _body(figures, SHAPES[options.shape]), figures, started_on)
     for stage in STAGES:
         if figures["stages"][stage]["best"] is None:
@@ -101,8 +101,7 @@ def _trial_runner(common: dict[str, Any], until: float) -> Callable[[dict[str, A
 def _child(work: dict[str, Any]) -> None:
     import gpu_trial
 
-    kinds = {"device": gpu_trial.describe, "encode": gpu_trial.encode, "train": gpu_trial.train}
-    support.tell(kinds[work["kind"]](work))
+    support.tell(gpu_trial.describe(work) if work["kind"] == "device" else gpu_trial.train(work))
 
 
 # --- the report ---
@@ -116,7 +115,7 @@ def _body(figures: dict[str, Any], shape: Shape) -> str:
         facts.append(f"{device['matmul_tflops']:.0f} TFLOP/s in a large matrix product")
     parts = [", ".join(facts) + "."]
     parts += [_stage(stage, figures["stages"][stage], peak) for stage in STAGES]
-    encoding = figures["encoding"]["images_per_second"]
+    encoding = device["images_per_second"]
     parts.append(f"The vision tower (CLIP ViT-L/14 at 224 px for 7B) encodes {encoding:,.0f} images/s.")
     if all(figures["stages"][stage]["best"] for stage in STAGES):
         parts.append(_hours(figures, shape))
@@ -155,7 +154,7 @@ def _hours(figures: dict[str, Any], shape: Shape) -> str:
         stage: samples * best[stage]["whole_flops_per_sample"] / best[stage]["flops_per_second"] / 8 / 3600
         for stage, samples in HOURS.items()
     }
-    encoding = 675_000 / figures["encoding"]["images_per_second"] / 8 / 3600
+    encoding = 675_000 / figures["device"]["images_per_second"] / 8 / 3600
     return (
         "By these figures, the paper's stages on 8 such GPUs would take "
         f"{hours['pretrain']:.2f} h (595,000 samples, one epoch) and {hours['finetune']:.2f} h "

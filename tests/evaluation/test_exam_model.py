@@ -22,6 +22,7 @@ from rayva.evaluation.tasks.registry import make_tasks
 from rayva.model.folder import Assistant, load_assistant
 from rayva.orchestration.answering import Answerer, question_rows
 from rayva.storage import Storage
+from rayva.text.conversation import Message
 from rayva.vision.decode import decode_image
 from tests.evaluation.bench_data import make_pope, make_scienceqa, make_vqa
 from tests.evaluation.released import ROOT
@@ -97,6 +98,15 @@ def test_a_picture_that_cannot_be_shown_leaves_out_its_questions_alone(folder: P
     errors = {key: answer.error for key, answer in answered.items() if answer.error}
     assert set(errors) == {row["key"] for row in with_picture[:2]}
     assert "missing" in errors[with_picture[0]["key"]]
+
+
+def test_a_question_that_does_not_fit_the_context_is_told(folder: Path, data: Path) -> None:
+    (first, second) = questions(data)[9:11]
+    long = Item("long", "long", (Message("user", ("why? " * 600,)),))
+    rows = next(question_rows([first, asked("vqa", long, Sampled(12), {}), second], 3))
+    answered = {answer.item_id: answer for answer in Answerer(load_assistant(folder)).answer(rows)}
+    assert "the model's context is 512" in answered["long"].error
+    assert not answered[first.item.item_id].error
 
 
 def test_the_two_step_prompt_goes_on_from_what_was_said(folder: Path, data: Path) -> None:

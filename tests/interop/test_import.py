@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +65,7 @@ from tests.interop.checkpoints import (
 from tests.interop.test_mutations import make_lora, make_stage_one
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared/golden/numerics"
+pytestmark = pytest.mark.slow  # many export a model and load it in transformers
 needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason="the original's outputs are not at ../shared")
 
 
@@ -82,14 +88,16 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 @needs_golden
-@pytest.mark.parametrize("way", ["folder", "projector", "projector folder"])
+@pytest.mark.parametrize("way", ["folder", "projector", "projector folder", "projector on a LLaVA"])
 def test_the_originals_logits(way: str, tmp_path: Path) -> None:
     """The command, export, and transformers: logits within 1e-4 of the original code's."""
     arguments = [str(GOLDEN / "llava_checkpoint")]
     if way == "projector folder":
         (tmp_path / "stage1").mkdir()
         shutil.copy(GOLDEN / "mm_projector.bin", tmp_path / "stage1")
-    if way != "folder":
+    if way == "projector on a LLaVA":  # whose config.json names the tower
+        arguments = [str(GOLDEN / "mm_projector.bin"), "--language", str(GOLDEN / "llava_checkpoint")]
+    elif way != "folder":
         source = GOLDEN / "mm_projector.bin" if way == "projector" else tmp_path / "stage1"
         base = ["--language", str(golden_base(tmp_path)), "--vision", str(GOLDEN / "tiny_clip")]
         arguments = [str(source), *base]
@@ -509,6 +517,7 @@ def test_what_cannot_be_imported_is_told(tmp_path: Path) -> None:
         "class token": ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature"),
         "projector": ({"mm_projector_type": "mlp2x_gelu"}, "mm_projector_type is 'mlp2x_gelu', but"),
         "tower": ({"mm_vision_tower": "../nowhere"}, "mm_vision_tower '../nowhere' is no folder"),
+        "long": ({"mm_vision_tower": "x" * 5000}, "mm_vision_tower 'x.* is no folder"),
         "quantized": ({"quantization_config": {"bits": 4}}, "quantization_config"),
         "softcap": (
             {"model_type": "llava_llama", "final_logit_softcapping": 30.0},
@@ -517,6 +526,24 @@ def test_what_cannot_be_imported_is_told(tmp_path: Path) -> None:
     }.values():
         write_config(folder, original_config(language, "linear", **changes))
         refused(match)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"auto_map": {"AutoModelForCausalLM": "evil.Model"}},
+        {"_attn_implementation": "somebody/kernel", "attn_implementation": "somebody/kernel"},
+    ],
+)
+def test_config_keys_that_name_code_are_left_out(changes: dict[str, Any], tmp_path: Path) -> None:
+    folder, _ = make_original(tmp_path, **changes)
+    tower = json.loads((tmp_path / "tower/config.json").read_text())
+    (tmp_path / "tower/config.json").write_text(json.dumps(tower | changes))
+    import_model(folder, tmp_path / "model")
+    for part in ("language", "vision"):
+        text = (tmp_path / "model" / part / "config.json").read_text()
+        assert "evil" not in text
+        assert "somebody" not in text
 
 
 def test_parts_that_are_not_there_are_asked_for(tmp_path: Path) -> None:
@@ -574,3 +601,29 @@ def test_the_endpoints_loader_and_the_processor_agree(tmp_path: Path) -> None:
         inputs = processor(text=text, images=picture, add_special_tokens=False, return_tensors="pt")
         ids = model.generate(**inputs, max_new_tokens=8)[0, inputs.input_ids.shape[1] :]
         assert processor.tokenizer.decode(ids, skip_special_tokens=True).lstrip() == ours
+
+
+def test_a_killed_import_leaves_no_half_written_folder(tmp_path: Path) -> None:
+    """kill -9 while the weights are being written."""
+    make_stage_one(tmp_path)
+    base = load_file(tmp_path / "base/model.safetensors")
+    rows = 300_000  # about 115 MB: long enough to be hit
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        base[name] = torch.zeros(rows, WIDTH)
+    save_file(base, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "base/config.json").read_text()) | {"vocab_size": rows}
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    (tmp_path / "place").mkdir()
+    out = tmp_path / "place" / "out"
+    arguments = ["import", str(tmp_path / "mm_projector.bin"), str(out), "--language", str(tmp_path / "base")]
+    arguments += ["--vision", str(tmp_path / "tower")]
+    paths = os.pathsep.join(sys.path)
+    command = [sys.executable, "-c", "import sys; from rayva.cli import main; sys.exit(main(sys.argv[1:]))"]
+    process = subprocess.Popen([*command, *arguments], env=os.environ | {"PYTHONPATH": paths})
+    while process.poll() is None and not list(tmp_path.glob("place/.out-*/language/unfinished-*")):
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not out.exists()
+    assert main(arguments) == 0
+    assert stored(out)["language.lm_head.weight"].shape == (rows, WIDTH)

@@ -212,6 +212,9 @@ def test_what_the_command_cannot_read_is_an_error_with_a_remedy(
     data.write_text(data.read_text()[:-40])
     assert command(data, tokenizer_folder, "--json") == 2
     assert f"{data} is not JSON: line 1, column" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        command(data, tokenizer_folder, "--limit", "-1")
+    assert "--limit" in capsys.readouterr().err
     assert command(data, tmp_path / "no-tokenizer") == 2
     assert "no-tokenizer" in capsys.readouterr().err
 

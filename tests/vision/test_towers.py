@@ -85,6 +85,16 @@ def test_a_vision_folder_and_old_names_give_the_same_features(
     expected = load_tower(str(folders["clip"][0]), "clip", -2).encode(pixels)
     save_tower("clip", tmp_path / "vision", part="vision")
     assert torch.equal(load_tower(str(tmp_path / "vision"), "clip", -2).encode(pixels), expected)
+    # Weights in several parts, and a variant beside them that is not read.
+    parts = tmp_path / "parts"
+    shutil.copytree(folders["clip"][0], parts)
+    tensors = load_file(parts / "model.safetensors")
+    (parts / "model.safetensors").unlink()
+    for number in (0, 1):
+        some = {name: tensors[name] for name in sorted(tensors)[number::2]}
+        save_file(some, parts / f"model-0000{number + 1}-of-00002.safetensors")
+    save_file({"text": torch.zeros(1)}, parts / "model.fp16.safetensors")
+    assert torch.equal(load_tower(str(parts), "clip", -2).encode(pixels), expected)
     # As OpenAI's first checkpoints: PyTorch's format, with the position numbers among the tensors.
     old = tmp_path / "old"
     shutil.copytree(folders["clip"][0], old)

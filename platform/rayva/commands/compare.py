@@ -70,7 +70,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _report(comparison: Comparison, options: argparse.Namespace) -> None:
-    page = render(comparison, load_pictures(comparison)).encode()
+    page = render(comparison, load_pictures(comparison)).encode(errors="backslashreplace")
     if options.html is not None:
         path: Path = options.html.absolute()
         Storage(str(path.parent)).write_bytes(path.name, page)

@@ -23,6 +23,7 @@ from rayva.data.llava_json import collapse_markers, count_markers, parse_row, ro
 from rayva.data.locations import ImageFolder
 from rayva.data.quarantine import BadRow, printable
 from rayva.data.schema import IMAGE_PLACEHOLDER, Role, Turn
+from rayva.progress import Progress
 from rayva.text.conversation import (
     BadConversation,
     ImagePosition,
@@ -45,6 +46,13 @@ _SHOWN = 1500
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is less than none")
+    return number
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA.json", help="LLaVA JSON or JSON Lines: a path or an fsspec URI")
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="folder or hub name of a tokenizer")
@@ -60,10 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where images stand in their turns (default: front, as LLaVA 1.0 and later)",
     )
     parser.add_argument("--system", help="replaces the template's system message; '' leaves it out")
-    parser.add_argument("--max-tokens", type=int, default=2048, help="longest sequence (default: 2048)")
+    parser.add_argument("--max-tokens", type=_count, default=2048, help="longest sequence (default: 2048)")
     parser.add_argument(
         "--image-tokens",
-        type=int,
+        type=_count,
         default=256,
         help="visual tokens of an image (default: 256, CLIP at 224 px)",
     )
@@ -74,9 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what becomes of longer rows, as conversation.over_length of a recipe (default: truncate)",
     )
     parser.add_argument(
-        "--limit", "--rows", type=int, dest="limit", metavar="N", help="reads the first N rows only"
+        "--limit", "--rows", type=_count, dest="limit", metavar="N", help="reads the first N rows only"
     )
-    parser.add_argument("--show", type=int, default=3, metavar="N", help="rows shown in full (default: 3)")
+    parser.add_argument("--show", type=_count, default=3, metavar="N", help="rows shown in full (default: 3)")
     parser.add_argument("--seed", type=int, default=0, help="of --image-position random")
 
 
@@ -220,7 +228,7 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     rows = islice(read_json_rows(options.data, "DATA.json"), options.limit)
-    inspected = (inspector.inspect(row) for row in rows)
+    inspected = _counted(inspector.inspect(row) for row in rows)
     try:
         if options.json:
             write_json(inspected, sys.stdout)
@@ -231,6 +239,17 @@ def run(options: argparse.Namespace) -> int:
         # The reader (head, less) has seen enough; what Python still holds back is written nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _counted(rows: Iterator[Inspected]) -> Iterator[Inspected]:
+    """The same rows; tells a terminal how many they are by now."""
+    if not sys.stderr.isatty():
+        yield from rows
+        return
+    with Progress("inspect", None, "rows") as progress:
+        for row in rows:
+            yield row
+            progress.advance()
 
 
 def write_json(rows: Iterable[Inspected], out: TextIO) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rayva.instruct.parse import Pair, Rejected, detail_question, parse
-from rayva.instruct.rules import Duplicates, check
+from rayva.instruct.rules import Duplicates, check, is_refusal
 from rayva.instruct.tasks import Task
 from rayva.instruct.teachers import NotAnsweredYet, Teacher
 from rayva.llm.client import BudgetSpent
@@ -47,7 +47,7 @@ class Generator:
     teacher: Teacher
     attempts: int
     seed: int
-    _duplicates: Duplicates = field(default_factory=Duplicates)
+    duplicates: Duplicates = field(default_factory=Duplicates)
 
     async def generate(self, task: Task) -> Outcome:
         """Carries out a task.
@@ -69,7 +69,7 @@ class Generator:
                     raise
                 return Outcome("failed", (), tuple(tried), str(error))
             pairs, attempt = judge(task, answer, self.seed)
-            if not attempt.reason and not self._duplicates.add(list(pairs), task.context.image):
+            if not attempt.reason and not self.duplicates.add(list(pairs), task.context.image):
                 attempt = Attempt(answer, "duplicate")
             tried.append(attempt)
             if not attempt.reason:
@@ -82,7 +82,9 @@ def judge(task: Task, answer: ChatAnswer, seed: int) -> tuple[tuple[Pair, ...], 
     try:
         pairs = parse(task.kind, answer.text, answer.finish_reason)
     except Rejected as error:
-        return (), Attempt(answer, error.reason, error.detail)
+        # Who refuses keeps no format: the refusal is what went wrong.
+        refused = error.reason == "missing_separator" and is_refusal(answer.text)
+        return (), Attempt(answer, "refuses" if refused else error.reason, error.detail)
     if task.kind == "detail":
         question = detail_question(task.context.id, seed + task.repeat)
         pairs = [Pair(question, pair.answer) for pair in pairs]

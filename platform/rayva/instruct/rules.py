@@ -72,7 +72,12 @@ def leaks_coordinates(kind: Kind, pairs: Sequence[Pair], context: Context) -> bo
 
 def refuses(kind: Kind, pairs: Sequence[Pair], context: Context) -> bool:
     """Apologises, speaks as a language model, or says that it cannot see."""
-    return any(_REFUSAL.search(pair.answer) for pair in pairs)
+    return any(is_refusal(pair.answer) for pair in pairs)
+
+
+def is_refusal(text: str) -> bool:
+    """Whether the teacher apologises, speaks as a language model, or says that it cannot see."""
+    return bool(_REFUSAL.search(text))
 
 
 def too_short(kind: Kind, pairs: Sequence[Pair], context: Context) -> bool:
@@ -188,9 +193,15 @@ def check(kind: Kind, pairs: Sequence[Pair], context: Context) -> str | None:
 
 
 class Duplicates:
-    """Knows what has been accepted."""
+    """Knows what has been accepted.
 
-    def __init__(self) -> None:
+    Args:
+        across_images: whether a long answer that came with another image counts. The symbolic teacher's
+            small world has the same truth to tell about many images.
+    """
+
+    def __init__(self, across_images: bool = True) -> None:
+        self._across_images = across_images
         self._seen: set[bytes] = set()
 
     def add(self, pairs: Sequence[Pair], image: str) -> bool:
@@ -201,7 +212,8 @@ class Duplicates:
         """
         answers = " ".join(" ".join(_WORDS.findall(pair.answer.lower())) for pair in pairs)
         questions = " ".join(" ".join(_WORDS.findall(pair.question.lower())) for pair in pairs)
-        key = answers if len(answers) >= _LONG_ANSWER else f"{image}\0{questions}\0{answers}"
+        canned = self._across_images and len(answers) >= _LONG_ANSWER
+        key = answers if canned else f"{image}\0{questions}\0{answers}"
         digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
         if digest in self._seen:
             return False

@@ -21,10 +21,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from rayva.errors import WeightsError
+from rayva.progress import Progress
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Precisions of weights, by their names in safetensors."""
 _REMEDY = "fetch or save the checkpoint again"
+_LARGE = 1024**3
 _MOST_JSON = 64 * 1024 * 1024
 _INDEXED = (
     ("model.safetensors", "model.safetensors.index.json"),
@@ -328,6 +330,17 @@ def computed(
     return replace(tensor, read=read, shape=shape or tensor.shape)
 
 
-def in_file_order(tensors: Tensors) -> Iterator[tuple[str, LazyTensor]]:
-    """Names and tensors such that each file is read through once."""
-    return iter(sorted(tensors.items(), key=lambda item: (str(item[1].file), item[0])))
+def load_each(tensors: Tensors, what: str) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors, one at a time and such that each file is read through once.
+
+    Where it takes long, progress is told.
+    """
+    order = sorted(tensors.items(), key=lambda item: (str(item[1].file), item[0]))
+    large = sum(tensor.nbytes for tensor in tensors.values()) > _LARGE
+    progress = Progress(what, len(order), "tensors") if large else None
+    for name, tensor in order:
+        yield name, tensor.load()
+        if progress:
+            progress.advance()
+    if progress:
+        progress.close()

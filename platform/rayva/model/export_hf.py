@@ -28,7 +28,7 @@ from transformers import (
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from rayva.errors import WeightsError
-from rayva.model.checkpoint import in_file_order, open_checkpoint, read_json
+from rayva.model.checkpoint import load_each, open_checkpoint, read_json
 from rayva.model.export_hf_chat import chat_template
 from rayva.model.export_hf_check import check_export
 from rayva.model.export_llava import projector_tensors
@@ -138,16 +138,16 @@ def _write_weights(source: Path, target: Path, settings: ModelSettings, rows: in
 
 def _language_tensors(folder: Path, rows: int, tied: bool) -> Iterator[tuple[str, Tensor]]:
     """The language model's tensors by their names in the export. A tied LM head is written out."""
-    for name, stored in in_file_order(open_checkpoint(folder)):
+    stored = open_checkpoint(folder)
+    for name, described in stored.items():
         if not name.startswith("model.") and name != _HEAD:
             raise WeightsError(
-                f"{stored.where}: unexpected tensor", "its architecture cannot be exported to LLaVA"
+                f"{described.where}: unexpected tensor", "its architecture cannot be exported to LLaVA"
             )
-        if name == _HEAD and tied:
-            continue
-        tensor = stored.load()
-        if name in (_EMBEDDING, _HEAD):
-            tensor = _padded(tensor, rows)
+    if tied:
+        stored.pop(_HEAD, None)
+    for name, weight in load_each(stored, "language model"):
+        tensor = _padded(weight, rows) if name in (_EMBEDDING, _HEAD) else weight
         if name == _EMBEDDING and tied:
             yield f"language_model.{_HEAD}", tensor.clone()
         yield f"language_model.{name}", tensor

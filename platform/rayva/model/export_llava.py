@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rayva.errors import WeightsError
-from rayva.model.checkpoint import in_file_order, open_checkpoint, read_json
+from rayva.model.checkpoint import load_each, open_checkpoint, read_json
 from rayva.model.folder import ModelSettings
 from rayva.model.shards import CheckpointWriter, fresh_folder, write_json
 
@@ -75,8 +75,7 @@ def export_llava(source: Path, target: Path) -> None:
         shutil.copytree(source / "vision", scratch / "vision_tower")
         write_json(scratch / "config.json", config)
         writer = CheckpointWriter(scratch)
-        for name, tensor in in_file_order(open_checkpoint(source / "language")):
-            writer.add({name: tensor.load()})
+        writer.add(load_each(open_checkpoint(source / "language"), "language model"))
         writer.add(projector_tensors(source))
         writer.finish()
 

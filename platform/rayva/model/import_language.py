@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from rayva.errors import WeightsError
-from rayva.model.checkpoint import LazyTensor, Tensors, check_part, in_file_order, read_json
+from rayva.model.checkpoint import LazyTensor, Tensors, check_part, load_each, read_json
 from rayva.model.language import load_tokenizer, refuse_changed_logits
 from rayva.model.shards import CheckpointWriter, write_json
 from rayva.text.twin import twin_of
@@ -28,10 +28,11 @@ _ORIGINAL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "m
 """Model types of the original code, and the language model in each."""
 _MULTIMODAL = (
     "mm_", "image_", "tune_mm_", "freeze_mm_", "unfreeze_mm_", "use_mm_", "pretrain_mm_", "tokenizer_",
-    "vision_tower", "rayva_", "auto_map", "_name_or_path", "transformers_version", "architectures",
-    "torch_dtype", "dtype", "quantization_config",
+    "vision_tower", "rayva_", "auto_map", "_", "attn_implementation", "transformers_version",
+    "architectures", "torch_dtype", "dtype", "quantization_config",
 )  # fmt: skip
-"""Beginnings of the config keys that are not the language model's own, or that are written anew."""
+"""Beginnings of the config keys that are not the language model's own, that are written anew, or that
+could name code (`auto_map`, kernels of the hub as `attn_implementation`)."""
 _COUNTS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "max_position_embeddings", "head_dim",
@@ -124,6 +125,8 @@ def check_language(part: LanguagePart) -> LanguagePart:
     dtype = next(iter(tensors.values())).dtype
     config = {
         **part.config,
+        "vocab_size": model.config.vocab_size,
+        "hidden_size": model.config.hidden_size,
         "architectures": [type(model).__name__],
         "dtype": str(dtype).removeprefix("torch."),
         "tie_word_embeddings": bool(model.config.tie_word_embeddings),
@@ -226,8 +229,7 @@ def write_language(
     write_json(target / "config.json", part.config)
     write_json(target / "generation_config.json", _end_tokens(part, generation, rows))
     writer = CheckpointWriter(target)
-    for name, tensor in in_file_order(part.tensors):
-        writer.add({name: tensor.load()})
+    writer.add(load_each(part.tensors, "language model"))
     writer.finish()
 
 

@@ -129,8 +129,7 @@ def _write(parts: Parts, scratch: Path, choices: Choices) -> Report:
     for name in ("language", "vision"):
         (scratch / name).mkdir()
     tokenizer = write_tokenizer(parts.tokenizer, scratch / "language", parts.markers or ())
-    language = _with_markers(parts, tokenizer)
-    language = check_language(language)
+    language = _with_markers(parts, check_language(parts.language), tokenizer)
     vision = check_vision(parts.vision)
     kind = projector_kind(parts.projector, parts.where)
     _check_projector(parts, kind, language.hidden, int(vision.config["hidden_size"]))
@@ -166,14 +165,12 @@ def _write(parts: Parts, scratch: Path, choices: Choices) -> Report:
     )
 
 
-def _with_markers(parts: Parts, tokenizer: PreTrainedTokenizerBase) -> LanguagePart:
+def _with_markers(parts: Parts, language: LanguagePart, tokenizer: PreTrainedTokenizerBase) -> LanguagePart:
     """The language model with rows for `<im_start>` and `<im_end>`, where stage 1 alone knows them."""
-    if parts.markers is None:
-        return parts.language
-    missing = len(tokenizer) - int(parts.language.config.get("vocab_size", 0))
-    if parts.kind == "projector" and missing > 0:
-        return append_rows(parts.language, missing, parts.marker_embedding)
-    return parts.language
+    missing = len(tokenizer) - int(language.config["vocab_size"])
+    if parts.kind != "projector" or parts.markers is None or missing <= 0:
+        return language
+    return append_rows(language, missing, parts.marker_embedding)
 
 
 def _check_projector(parts: Parts, kind: ProjectorKind, text_hidden: int, vision_hidden: int) -> None:

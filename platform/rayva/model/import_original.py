@@ -46,6 +46,7 @@ from rayva.vision.preprocess import Aspect
 
 PROJECTOR_FILES = ("mm_projector.bin", "mm_projector.safetensors")
 _TOWER = "model.vision_tower."
+_OF_TOWER = ("mm_vision_tower", "mm_vision_select_layer", "image_aspect_ratio")
 _EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -87,11 +88,15 @@ def stage_one_parts(source: Path, choices: Choices) -> Parts:
     settings = {key: value for key, value in raw.items() if key.startswith(("mm_", "image_", "rayva_"))}
     trained = next((t for n, t in own.items() if n.endswith("embed_tokens.weight")), None)
     tensors = dict(base.tensors) | {name: tensor for name, tensor in own.items() if PROJECTOR in name}
+    if not raw and is_original_type(language_raw):
+        # A LLaVA as the base tells which tower it looks through, seen from its own folder.
+        settings = {key: language_raw[key] for key in _OF_TOWER if key in language_raw}
+        folder = base.config_file.parent
     merged = {**language_config(language_raw, base.config_file), **settings}
     if trained is not None:
         merged["mm_use_im_start_end"] = True
     parts = _from_original(folder, merged, tensors, base.config_file, choices, "projector")
-    if not raw:
+    if "mm_vision_select_layer" not in settings:
         note = f"no config.json of stage 1 beside {file.name}: the tower's layer {parts.layer} is assumed"
         parts = replace(parts, notes=(*parts.notes, note))
     return parts if trained is None else replace(parts, marker_embedding=_marker_rows(trained.load(), parts))

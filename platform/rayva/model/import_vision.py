@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from rayva.model.checkpoint import (
     Tensors,
     check_part,
     has_weights,
-    in_file_order,
+    load_each,
     open_checkpoint,
     read_json,
     renamed,
@@ -43,6 +44,10 @@ _COUNTS = (
 _OPTIONAL = (f"{PREFIX}head.",)
 """Parts behind the feature map that some checkpoints leave out."""
 _UNUSED = ("position_ids",)
+_DROPPED = (
+    "_", "architectures", "auto_map", "attn_implementation", "torch_dtype", "dtype", "transformers_version",
+)  # fmt: skip
+"""Beginnings of config keys that are written anew, or that could name code."""
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _KNOWN = re.compile(r"(?:.*/)?clip-vit-large-patch14(?:-336)?/?")
 """OpenAI's CLIP ViT-L/14, which all of LLaVA v0 to 1.5 look through."""
@@ -86,8 +91,9 @@ def tower_folder(checkpoint: Path, named: object, given: Path | None, stored: bo
             "give the tower's folder with --vision",
         )
     for folder in (checkpoint / named, Path(named)):
-        if folder.is_dir():
-            return folder
+        with suppress(OSError):  # a name that is too long for any file
+            if folder.is_dir():
+                return folder
     if stored and _KNOWN.fullmatch(named):
         return None
     if not _HUB_NAME.fullmatch(named):
@@ -175,8 +181,7 @@ def vision_part(
     config = raw.get("vision_config", raw)
     if not isinstance(config, dict):
         raise WeightsError(f"{file}: vision_config is {config!r}, expected an object", _REMEDY)
-    dropped = ("_name_or_path", "architectures", "auto_map", "torch_dtype", "dtype", "transformers_version")
-    config = {key: value for key, value in config.items() if key not in dropped}
+    config = {key: value for key, value in config.items() if not key.startswith(_DROPPED)}
     config["model_type"] = f"{kind}_vision_model"
     for key in _COUNTS:
         if key in config:
@@ -232,8 +237,7 @@ def write_vision(part: VisionPart, target: Path, layer: int, aspect: Aspect) -> 
     write_json(target / "config.json", part.config)
     write_json(target / "preprocessor_config.json", _plain_processor(part))
     writer = CheckpointWriter(target)
-    for name, tensor in in_file_order(part.tensors):
-        writer.add({name: tensor.load()})
+    writer.add(load_each(part.tensors, "vision tower"))
     writer.finish()
     try:
         tower = describe_tower(str(target), part.kind, layer, None, aspect)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from pickle import UnpicklingError
-
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from rayva.errors import WeightsError
@@ -30,7 +27,7 @@ def load_language_model(path: str, dtype: torch.dtype, revision: str | None = No
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
+    except Exception as error:  # a damaged or hostile file fails in any way it likes
         raise WeightsError(
             f"The language model {path!r} cannot be loaded: {_first_line(error)}",
             "Check that it is a causal language model in Hugging Face format, that its files are whole, "

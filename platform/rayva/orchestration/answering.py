@@ -185,16 +185,33 @@ class Answerer:
     def answer(self, rows: Sequence[dict[str, Any]]) -> list[Answered]:
         """An answer to each row, or the reason why one of its pictures cannot be shown."""
         failures = self._encode([picture for row in rows for picture in row["pictures"]])
-        usable = [row for row in rows if not any(_name(p) in failures for p in row["pictures"])]
+        too_long = {row["key"]: why for row in rows if (why := self._too_long(row))}
+        usable = [
+            row
+            for row in rows
+            if row["key"] not in too_long and not any(_name(p) in failures for p in row["pictures"])
+        ]
         texts = dict(zip((row["key"] for row in usable), self._texts(usable), strict=True))
-        return [self._answered(row, texts.get(row["key"]), failures) for row in rows]
+        return [self._answered(row, texts.get(row["key"]), failures, too_long) for row in rows]
 
-    def _answered(self, row: dict[str, Any], text: str | None, failures: dict[str, str]) -> Answered:
+    def _too_long(self, row: dict[str, Any]) -> str:
+        """Why a conversation does not fit the model's context; empty where it does."""
+        context = getattr(self._assistant.model.language.config, "max_position_embeddings", None)
+        if context is None:
+            return ""
+        length = self._assistant.prompt_length(unpack_messages(row["messages"]))
+        if length < context:
+            return ""
+        return f"the question takes {length} positions; the model's context is {context}"
+
+    def _answered(
+        self, row: dict[str, Any], text: str | None, failures: dict[str, str], too_long: dict[str, str]
+    ) -> Answered:
         names = (row["task"], row["item_id"], row["key"])
         if text is not None:
             return Answered(*names, text=text)
-        reasons = (failures[_name(p)] for p in row["pictures"] if _name(p) in failures)
-        return Answered(*names, error=next(reasons))
+        reasons = [failures[_name(p)] for p in row["pictures"] if _name(p) in failures]
+        return Answered(*names, error=too_long.get(row["key"]) or reasons[0])
 
     def _texts(self, rows: Sequence[dict[str, Any]]) -> list[str]:
         if not rows:

@@ -133,7 +133,7 @@ def _show_plan(
 
 def storage_root(given: str | None, recipe: Recipe) -> str:
     """Where the run lies. A job's own copy of the code is temporary: nothing may be kept in there."""
-    temporary = _in_temporary_copy()
+    temporary = in_temporary_copy()
     if given is None:
         if not temporary:
             return str(REPOSITORY / "runs" / recipe.name)
@@ -148,14 +148,15 @@ def storage_root(given: str | None, recipe: Recipe) -> str:
     return given
 
 
-def _in_temporary_copy() -> bool:
+def in_temporary_copy() -> bool:
+    """Whether this is a Ray job that runs in a copy of the code, which goes when the job ends."""
     job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     return bool((job.get("runtime_env") or {}).get("working_dir"))
 
 
 def _prefix() -> str:
     """How this process was started, where that is more than the script's name."""
-    return "ray job submit --working-dir . -- " if _in_temporary_copy() else ""
+    return "ray job submit --working-dir . -- " if in_temporary_copy() else ""
 
 
 def _without_force(arguments: Sequence[str]) -> list[str]:

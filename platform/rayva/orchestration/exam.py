@@ -348,7 +348,7 @@ def _places(task: str, items: Sequence[Item], storage: Storage) -> dict[str, str
 def _report(exam: Exam, figures: Mapping[str, Any], storage: Storage) -> None:
     comparison = compare([read_run(storage.root)])
     page = render(comparison, load_pictures(comparison))
-    storage.write_bytes("report.html", page.encode())
+    storage.write_bytes("report.html", page.encode(errors="backslashreplace"))
     storage.write_json("intervals.json", as_json(comparison)["figures"])
     say(f"evaluate: report: {storage.uri('report.html')}")
     if exam.tracking_uri == "none":

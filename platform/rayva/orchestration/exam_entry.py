@@ -1,4 +1,4 @@
-"""The command line of pipelines/evaluate.py: an evaluation of a model, or the step `evaluate` of a run."""
+"""The command line of pipelines/evaluate.py where it evaluates a model on tasks."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from rayva.storage import Storage
 
 _OWN = ("--model", "--endpoint", "--tasks", "--out")
 _ABOUT = """\
-Evaluates a model on tasks, with the data in your folders:
+Evaluates a model on tasks, with the data in your folders.
 
-  python pipelines/evaluate.py --model runs/demo --tasks grounding --out runs/eval grounding.run=runs/demo
+examples:
+  python pipelines/evaluate.py --model runs/demo --tasks grounding --out runs/eval
   python pipelines/evaluate.py --model FOLDER --tasks scienceqa pope --out OUT \\
       scienceqa.folder=/data/scienceqa pope.folder=/data/pope pope.images=/data/coco/val2014
   python pipelines/evaluate.py --endpoint http://HOST:8000 --endpoint-model NAME --tasks vqa --out OUT \\
@@ -38,16 +39,13 @@ The same command, given again, goes on where it stopped: what is answered is not
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 an error to mend, 130 interrupted."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    if not _is_exam(arguments):
-        from rayva.orchestration import entry
-
-        return entry.main(only="evaluate", argv=arguments)
     options = _parser().parse_intermixed_args(arguments)
     again = shlex.join([Path(sys.executable).name, *sys.argv[:1], *arguments])
     return guarded(lambda: _run(options), f"Stopped. What is answered is kept; go on with:\n  {again}")
 
 
-def _is_exam(arguments: Sequence[str]) -> bool:
+def is_meant(arguments: Sequence[str]) -> bool:
+    """Whether the arguments are for this, and not for the step `evaluate` of a recipe's run."""
     own = any(argument.partition("=")[0] in _OWN for argument in arguments)
     return own or (len(arguments) == 1 and arguments[0] in ("-h", "--help"))
 
@@ -117,6 +115,9 @@ def _judge_arguments(group: argparse._ArgumentGroup) -> None:
 def _run(options: argparse.Namespace) -> int:
     _check_numbers(options)
     names, settings = _split(options.tasks, options.settings)
+    named = any(text.startswith(("grounding.run=", "grounding.data=")) for text in settings)
+    if "grounding" in names and not named:
+        settings += _own_questions(options.model)
     tasks = make_tasks(names, settings)
     if options.dry_run:
         for task in tasks:
@@ -146,7 +147,7 @@ def _run(options: argparse.Namespace) -> int:
         tracking_uri=options.tracking_uri,
         experiment=options.experiment,
     )  # fmt: skip
-    storage = Storage(options.out)
+    storage = _out(options.out)
     if storage.is_local:
         # Matplotlib and MLflow keep caches, which belong under the storage root like all the rest.
         os.environ.setdefault("MPLCONFIGDIR", storage.path(".cache/matplotlib"))
@@ -161,6 +162,18 @@ def _run(options: argparse.Namespace) -> int:
             stop_ray()
     print(json.dumps(figures, indent=1))
     return 0
+
+
+def _out(given: str) -> Storage:
+    """Where the evaluation lies; a job's own copy of the code is no place for it."""
+    from rayva.orchestration.entry import in_temporary_copy
+
+    if "://" not in given and not os.path.isabs(os.path.expanduser(given)) and in_temporary_copy():
+        raise DataError(
+            f"--out {given} is relative, and this job runs in a copy of the code that goes when it ends",
+            "give an absolute path that all nodes share, or a URI such as s3://bucket/eval",
+        )
+    return Storage(given)
 
 
 def _with_ray(storage: Storage) -> None:
@@ -188,6 +201,13 @@ def _split(tasks: Sequence[str], settings: Sequence[str]) -> tuple[list[str], li
     given = [*tasks, *settings]
     names = [name for text in given if "=" not in text for name in text.split(",") if name]
     return names, [text for text in given if "=" in text]
+
+
+def _own_questions(model: str | None) -> list[str]:
+    """A run's model is asked the run's own held-out questions, where no others are named."""
+    if model is None or model.startswith("models:") or not Storage(model).exists("summary.json"):
+        return []
+    return [f"grounding.run={model}"]
 
 
 def _find(options: argparse.Namespace) -> str:

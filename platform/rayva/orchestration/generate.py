@@ -25,6 +25,7 @@ from rayva.instruct.contexts import Context
 from rayva.instruct.generator import Attempt, Generator, Outcome
 from rayva.instruct.parse import Pair
 from rayva.instruct.prompts import PromptSet
+from rayva.instruct.rules import Duplicates
 from rayva.instruct.tasks import Task
 from rayva.instruct.teachers import BatchTeacher, EndpointTeacher, Requests, SymbolicTeacher, Teacher
 from rayva.llm.cache import AnswerCache
@@ -173,7 +174,8 @@ class _Asker:
         spent = sum(self._price.of_answer(answer) for answer in self._cache.answers()) if self._cache else 0.0
         self._budget = Budget(settings.max_cost, spent)
         self._client: ChatClient | None = None
-        self._generator = Generator(self._teacher(), settings.attempts, settings.seed)
+        duplicates = Duplicates(across_images=settings.teacher != "symbolic")
+        self._generator = Generator(self._teacher(), settings.attempts, settings.seed, duplicates)
 
     def _teacher(self) -> Teacher:
         settings = self._work.settings

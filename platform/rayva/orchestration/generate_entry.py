@@ -34,7 +34,7 @@ nothing twice. samples.json can be trained on with data.source=llava data.finetu
 examples:
   python pipelines/generate.py --storage runs/instruct --input caps_boxes.jsonl --teacher endpoint \\
     --model gpt-4o --max-cost 20 --dry-run
-  python pipelines/generate.py --storage runs/instruct --recipe tiny generation.source=dataset
+  python pipelines/generate.py --storage runs/instruct --input scenes --teacher symbolic
   python pipelines/generate.py --storage runs/instruct --input c.jsonl --teacher batch --model gpt-4o
   python pipelines/generate.py ... --teacher batch --model gpt-4o --batch-results output.jsonl
 
@@ -65,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--recipe", default="tiny", help="named recipe (default: tiny)")
-    parser.add_argument("--storage", default=None, help="folder or URI (default: runs/generate)")
+    parser.add_argument(
+        "--storage", "--out", default=None, help="folder or URI of all that is kept (default: runs/generate)"
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML file with settings to change")
     for flag, setting, about in _FLAGS:
         parser.add_argument(flag, metavar="VALUE", dest=setting, help=f"{about} (generation.{setting})")
@@ -82,17 +84,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _FLAGS = (
-    ("--input", "input", "JSON Lines of {id, image, captions, instances}"),
+    ("--input", "input", "JSON Lines of {id, image, captions, instances}, or scenes or emoji: built-in data"),
+    ("--coco-captions", "coco_captions", "COCO's captions_*.json, instead of --input"),
+    ("--coco-instances", "coco_instances", "COCO's instances_*.json, for the boxes"),
     ("--teacher", "teacher", "symbolic, endpoint or batch"),
     ("--base-url", "base_url", "the endpoint"),
     ("--model", "model", "the teacher's name"),
     ("--samples", "samples", "how many in all; three for each image by default"),
     ("--kinds", "kinds", "shares of conversations, descriptions and reasoning; 58,23,77 by default"),
     ("--concurrency", "concurrency", "calls in flight"),
+    ("--rpm", "requests_per_minute", "most requests a minute"),
+    ("--tpm", "tokens_per_minute", "most tokens a minute, prompts and answers"),
     ("--max-cost", "max_cost", "dollars"),
     ("--prompts", "prompts", "folder of prompts in the original's layout"),
     ("--prices", "prices", "YAML table of prices"),
 )
+_BUILT_IN = ("scenes", "emoji")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -127,6 +134,10 @@ def _run(options: argparse.Namespace) -> int:
 def _flag_overrides(options: argparse.Namespace) -> list[str]:
     given = {setting: getattr(options, setting) for _, setting, _ in _FLAGS}
     overrides = []
+    if given["input"] in _BUILT_IN:
+        overrides += ["generation.source=dataset", f"data.source={given.pop('input')}"]
+    elif given["coco_captions"] is not None:
+        overrides.append("generation.source=coco")
     for setting, value in given.items():
         if value is not None:
             text = f"[{value.replace(':', ',')}]" if setting == "kinds" else value

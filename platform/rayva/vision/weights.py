@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 _CONFIGS = ["config.json", "preprocessor_config.json", "processor_config.json"]
 _SAFETENSORS = "model*.safetensors"
 _TORCH = "pytorch_model*.bin"
+# Other files that the patterns above match (model.fp16.safetensors) are the same weights again.
+_WEIGHTS = (
+    ("model.safetensors", "model-*-of-*.safetensors"),
+    ("pytorch_model.bin", "pytorch_model-*-of-*.bin"),
+)
 
 
 def resolve_folder(path: str, revision: str | None = None) -> Path:
@@ -70,13 +75,14 @@ def read_json(folder: Path, name: str) -> dict[str, Any] | None:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold the tensors: safetensors, or else PyTorch's own format."""
-    files = sorted(folder.glob(_SAFETENSORS)) or sorted(folder.glob(_TORCH))
-    if not files:
-        raise WeightsError(
-            f"{folder} holds no weights (no {_SAFETENSORS}, no {_TORCH}).",
-            "give vision.path the folder of a complete checkpoint",
-        )
-    return files
+    for whole, parts in _WEIGHTS:
+        files = [folder / whole] if (folder / whole).is_file() else sorted(folder.glob(parts))
+        if files:
+            return files
+    names = ", no ".join(name for pair in _WEIGHTS for name in pair)
+    raise WeightsError(
+        f"{folder} holds no weights (no {names}).", "give vision.path the folder of a complete checkpoint"
+    )
 
 
 def weights_sha256(folder: Path) -> str:
