@@ -71,11 +71,13 @@ def merged_state(state: Mapping[str, Tensor], lora: Lora) -> dict[str, Tensor]:
     return merged
 
 
-def save_adapter(folder: Path, state: Mapping[str, Tensor], lora: Lora, base: str) -> None:
-    """Writes a whole state's adapters as PEFT does; `base` is where the language model came from."""
+def save_adapter(
+    folder: Path, state: Mapping[str, Tensor], lora: Lora, base: str, revision: str | None
+) -> None:
+    """Writes a whole state's adapters as PEFT does; `base` is what they were trained beside."""
     folder.mkdir(parents=True, exist_ok=True)
     config = _config(lora)
-    config.base_model_name_or_path, config.inference_mode = base, True
+    config.base_model_name_or_path, config.revision, config.inference_mode = base, revision, True
     config.save_pretrained(str(folder))
     adapters = {name: tensor.contiguous() for name, tensor in adapter_state(state).items()}
     save_file(adapters, folder / "adapter_model.safetensors", metadata={"format": "pt"})

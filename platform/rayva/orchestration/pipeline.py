@@ -343,16 +343,21 @@ def _run_step(recipe: Recipe, storage: Storage, planned: Planned, tracker: JobTr
         tracker.metrics(result.metrics)
         for artifact in result.artifacts:
             tracker.artifact(artifact)
-    about = {
+    # Asking for the run's id waits for the server: the end of the job is soon enough.
+    about = described(recipe, planned, tracker.info() if last else None)
+    folder.finish(result.outputs, result.metrics, clock.seconds, about)
+    return clock.seconds
+
+
+def described(recipe: Recipe, planned: Planned, mlflow: Any = None) -> dict[str, Any]:
+    """What a finished step's manifest tells beside its outputs."""
+    return {
         "recipe": recipe.name,
         "settings": planned.settings,
         "inputs": {name: inputs.digest for name, inputs in planned.inputs.items()},
         "code": code_version(),
-        # Asking for the run's id waits for the server: the end of the job is soon enough.
-        "mlflow": tracker.info() if last else None,
+        "mlflow": mlflow,
     }
-    folder.finish(result.outputs, result.metrics, clock.seconds, about)
-    return clock.seconds
 
 
 @contextlib.contextmanager
