@@ -123,6 +123,12 @@ class Features(Config):
     encoder_cpus: float = Field(default=1.0, ge=0)
     encoder_gpus: float = Field(default=0.0, ge=0)
     decoder_cpus: float = Field(default=1.0, gt=0)
+    prefetch_steps: int = Field(default=2, ge=1)
+    """Steps of training whose features are read ahead ..."""
+    prefetch_mebibytes: int = Field(default=4096, ge=1)
+    """... and fewer where these would hold more memory than that, in each worker."""
+    read_threads: int = Field(default=16, ge=1)
+    """Features that a training worker reads at the same time."""
 
 
 class Lora(Config):

@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-from rayva.model.batch import Batch, collate, collate_flat, collate_packed
+from rayva.model.batch import Batch, Row, collate, collate_flat, collate_packed
+from rayva.text.special import IMAGE_TOKEN_INDEX
 from rayva.training.dataset import Example, SampleSource
 from rayva.training.plan import TrainingPlan, deal, pack
 
-_AHEAD = 2
-"""Steps that wait ready, at most: enough to hide reading, little memory."""
 _ROW_SAMPLES = 2
 """A row has room for that many samples of a micro-batch's greatest length."""
 
@@ -31,10 +30,26 @@ class PreparedStep:
     step: int
     micro_batches: list[Batch]
     sample_ids: list[str]
+    lengths: list[int]
+    """Tokens of each sample of the global batch."""
+    image_tokens: int
     tokens: int
     padded_tokens: int
     supervised: int
     counts: Counter[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """How far reading runs ahead: so many steps, and fewer where they would hold more than `mebibytes`."""
+
+    steps: int = 2
+    mebibytes: int = 4096
+
+    def room(self, pending: int, step_bytes: int) -> bool:
+        """Whether one more step may be read beside `pending` ones; one always may."""
+        fits = (pending + 1) * step_bytes <= self.mebibytes * 2**20
+        return pending < self.steps and (fits or pending == 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +79,16 @@ def prepare_step(
     packed = [[_rows(batch, lengths, source.max_tokens, share.layout) for batch in rank] for rank in dealt]
     padded = sum(_cells(rows, lengths) for rank in packed for rows in rank)
     own = [[[examples[i] for i in row] for row in rows] for rows in packed[share.rank]]
+    # All images of this rank's part at once: they are read by several threads.
+    rows = iter(source.rows([example for batch in own for row in batch for example in row]))
     supervised = sum(example.supervised for example in examples)
     counts.update(samples=len(examples), supervised_tokens=supervised, tokens=sum(lengths))
     return PreparedStep(
         step=step,
-        micro_batches=[_batch(part, source, vision_hidden, share.layout) for part in own],
+        micro_batches=[_batch(part, rows, vision_hidden, share.layout) for part in own],
         sample_ids=[example.sample_id for example in examples],
+        lengths=lengths,
+        image_tokens=sum(example.input_ids.count(IMAGE_TOKEN_INDEX) for example in examples),
         tokens=sum(lengths),
         padded_tokens=padded,
         supervised=supervised,
@@ -94,35 +113,51 @@ def _cells(rows: list[list[int]], lengths: list[int]) -> int:
     return len(rows) * max((sum(lengths[position] for position in row) for row in rows), default=0)
 
 
-def _batch(parts: list[list[Example]], source: SampleSource, vision_hidden: int, layout: Layout) -> Batch:
-    rows = source.rows([example for examples in parts for example in examples])
-    if layout == "flat":
-        return collate_flat(rows, vision_hidden)
-    if layout == "padded":
-        return collate(rows, vision_hidden)
-    left = iter(rows)
-    return collate_packed([[next(left) for _ in examples] for examples in parts], vision_hidden)
+def _batch(parts: list[list[Example]], rows: Iterator[Row], vision_hidden: int, layout: Layout) -> Batch:
+    """A micro-batch of the next `rows`, one for each example of `parts`."""
+    own = [[next(rows) for _ in examples] for examples in parts]
+    if layout == "rows":
+        return collate_packed(own, vision_hidden)
+    samples = [row for part in own for row in part]
+    return collate_flat(samples, vision_hidden) if layout == "flat" else collate(samples, vision_hidden)
+
+
+def _bytes(prepared: PreparedStep) -> int:
+    """What a step's features take."""
+    return sum(batch.features_MD.nbytes for batch in prepared.micro_batches)
+
+
+_AHEAD = Ahead()
 
 
 @contextmanager
 def prefetch(
-    first_step: int, plan: TrainingPlan, source: SampleSource, share: Share, vision_hidden: int
+    first_step: int,
+    plan: TrainingPlan,
+    source: SampleSource,
+    share: Share,
+    vision_hidden: int,
+    ahead: Ahead = _AHEAD,
 ) -> Iterator[Iterator[tuple[PreparedStep, float]]]:
     """Yields an iterator over (step, seconds waited for it); an error in the thread is raised at its step."""
     executor = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+    pending: deque[Future[PreparedStep]] = deque()
 
-    def submit(step: int) -> Future[PreparedStep]:
-        return executor.submit(prepare_step, step, plan, source, share, vision_hidden)
+    left = iter(range(first_step, plan.steps_total))
+
+    def ask(step_bytes: int) -> None:
+        while ahead.room(len(pending), step_bytes) and (step := next(left, None)) is not None:
+            pending.append(executor.submit(prepare_step, step, plan, source, share, vision_hidden))
 
     def steps() -> Iterator[tuple[PreparedStep, float]]:
-        ahead = range(first_step, min(first_step + _AHEAD, plan.steps_total))
-        pending = deque(submit(step) for step in ahead)
+        step_bytes = 0
+        ask(step_bytes)
         while pending:
             started = time.monotonic()
             prepared = pending.popleft().result()
             waited = time.monotonic() - started
-            if prepared.step + _AHEAD < plan.steps_total:
-                pending.append(submit(prepared.step + _AHEAD))
+            step_bytes = max(step_bytes, _bytes(prepared))
+            ask(step_bytes)  # before this one is worked on
             yield prepared, waited
 
     try:

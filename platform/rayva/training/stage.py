@@ -39,6 +39,7 @@ from rayva.training.dataset import FeatureReader, SampleSource, StoredFeatures, 
 from rayva.training.inline import InlineFeatures
 from rayva.training.loop import TrainJob, TrainResult
 from rayva.training.plan import TrainingPlan
+from rayva.training.prefetch import Ahead
 from rayva.training.resume import FAILED
 from rayva.training.store import CheckpointStore
 from rayva.vision.towers import TowerDescription, describe_tower, load_tower
@@ -118,7 +119,8 @@ def prepare(work: StageWork, device: torch.device) -> Prepared:
     dataset = f"{work.inputs['data'].digest}/{work.name}"
     plan = TrainingPlan(len(source), stage.batch_size, stage.epochs, stage.seed, dataset)
     model = VisionLanguageModel(language, projector)
-    job = TrainJob(model, source, plan, stage, device, work.folder.digest)
+    ahead = Ahead(recipe.features.prefetch_steps, recipe.features.prefetch_mebibytes)
+    job = TrainJob(model, source, plan, stage, device, work.folder.digest, ahead)
     return Prepared(job, settings, tokenizer, tower)
 
 
@@ -147,7 +149,7 @@ def _features(work: StageWork, keys: pa.Table, device: torch.device) -> FeatureR
         return InlineFeatures(images, tower, data.max_pixels, data.max_bytes)
     store = FeatureStore.open(work.storage, outputs["store"])
     by_image = dict(zip(keys["image_id"].to_pylist(), keys["key"].to_pylist(), strict=True))
-    return StoredFeatures(store.read, by_image, outputs["tokens"])
+    return StoredFeatures(store.read, by_image, outputs["tokens"], work.recipe.features.read_threads)
 
 
 def _tower_arguments(work: StageWork) -> dict[str, Any]:
