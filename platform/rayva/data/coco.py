@@ -23,7 +23,7 @@ MAX_PIXELS = 1e7
 
 
 def read_coco(
-    captions: str, instances: str | None, images: str, split: Split, rejects: list[Rejected]
+    captions: str, instances: str | None, images: str | None, split: Split, rejects: list[Rejected]
 ) -> Iterator[ImageRecord]:
     """Joins COCO's captions and instances by image.
 
@@ -32,7 +32,7 @@ def read_coco(
 
     Args:
         captions, instances: paths or URIs of the annotation files; boxes are optional.
-        images: the folder that holds the pictures.
+        images: the folder that holds the pictures; None where only the annotations are wanted.
 
     Raises:
         DataError: a file is missing, not JSON, or not in COCO's form.
@@ -43,7 +43,7 @@ def read_coco(
     if instances is not None:
         more, boxes_of = _annotations(instances, "instances")
         names = {str(c.get("id")): str(c.get("name")) for c in _section(instances, more, "categories")}
-    folder = ImageFolder(images)
+    folder = ImageFolder(images) if images is not None else None
     for image in _section(captions, listed, "images"):
         row_id = str(image.get("id"))
         try:
@@ -63,7 +63,7 @@ def read_caption_boxes(uri: str, images: str, split: Split, rejects: list[Reject
         try:
             if row.error or not isinstance(row.value, dict):
                 raise BadRow("not_json" if row.error else "not_an_object", row.error)
-            yield _record_of_row(row.value, folder, split)
+            yield record_of_row(row.value, folder, split)
         except BadRow as error:
             rejects.append(rejected(uri, f"row-{row.index}", error))
 
@@ -82,7 +82,7 @@ def _record(
     captions_of: dict[str, list[dict[str, Any]]],
     boxes_of: dict[str, list[dict[str, Any]]],
     names: dict[str, str],
-    folder: ImageFolder,
+    folder: ImageFolder | None,
     split: Split,
 ) -> ImageRecord:
     if not isinstance(image.get("file_name"), str):
@@ -101,7 +101,12 @@ def _record(
     return _complete(image["file_name"], texts, found, folder, split)
 
 
-def _record_of_row(row: dict[str, Any], folder: ImageFolder, split: Split) -> ImageRecord:
+def record_of_row(row: dict[str, Any], folder: ImageFolder | None, split: Split) -> ImageRecord:
+    """One {image, captions, instances} as a record; without a `folder` the picture is not looked for.
+
+    Raises:
+        BadRow: a field is missing or cannot be used.
+    """
     captions, instances = row.get("captions"), row.get("instances", [])
     if not isinstance(row.get("image"), str):
         raise BadRow("bad_image_field", "the row has no `image`")
@@ -120,12 +125,17 @@ def _record_of_row(row: dict[str, Any], folder: ImageFolder, split: Split) -> Im
 
 
 def _complete(
-    name: str, captions: tuple[str, ...], instances: list[Instance], folder: ImageFolder, split: Split
+    name: str,
+    captions: tuple[str, ...],
+    instances: list[Instance],
+    folder: ImageFolder | None,
+    split: Split,
 ) -> ImageRecord:
     texts = tuple(checked_text(text) for text in captions if text)
     if not texts:
         raise BadRow("no_caption", f"{name} has no caption")
-    return ImageRecord(name, split, folder.resolve(name), captions=texts, instances=tuple(instances))
+    uri = folder.resolve(name) if folder else None
+    return ImageRecord(name, split, uri, captions=texts, instances=tuple(instances))
 
 
 def _number(value: object) -> float:

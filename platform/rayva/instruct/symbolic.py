@@ -15,6 +15,9 @@ from typing import Literal
 
 from rayva.data.places import PHRASES, place_name
 from rayva.data.schema import IMAGE_PLACEHOLDER, ImageRecord, Instance, Turn
+from rayva.instruct.contexts import Context, Kind
+from rayva.instruct.parse import Pair
+from rayva.instruct.rules import plural
 
 ResponseType = Literal["conversation", "detail", "complex"]
 
@@ -282,3 +285,124 @@ def respond(record: ImageRecord, kind: ResponseType, seed: int, most: int = 3) -
         prefix = f"{IMAGE_PLACEHOLDER}\n" if number == 0 else ""
         written += [Turn("human", prefix + question), Turn("gpt", answer)]
     return tuple(written)
+
+
+QUESTIONS = 3
+"""Pairs of a conversation, at most."""
+MOST_COUNTED = 6
+"""Annotators do not mark every object of a crowd, so larger numbers are "many"."""
+
+
+def symbolic_answer(kind: Kind, context: Context, seed: int) -> str:
+    """The teacher's raw text about `context`, in the form that a language model would answer a prompt.
+
+    Scenes get the questions of the gate's kinds, whose answers are true of the boxes. Real pictures get
+    what captions and boxes settle: how many, where, which is larger. The same context, kind and seed
+    give the same words.
+    """
+    rng = random.Random(f"{seed}/{kind}/{context.id}")
+    if is_scene(context):
+        return _scene_answer(kind, context, rng)
+    if kind == "detail":
+        return _description(context, rng)
+    pairs = _reasoning(context, rng) if kind == "reasoning" else _conversation(context, rng)
+    return write(pairs)
+
+
+def write(pairs: list[Pair]) -> str:
+    """Pairs in the format of conversations and complex reasoning."""
+    return "\n===\n".join(f"Question:\n{p.question}\n===\nAnswer:\n{p.answer}" for p in pairs)
+
+
+def is_scene(context: Context) -> bool:
+    """Whether every object is a coloured shape, as in the built-in scenes."""
+    names = [i.category.partition(" ") for i in context.instances]
+    return bool(names) and all(c in COLORS and n in COMMON_SHAPES for c, _, n in names)
+
+
+def _scene_answer(kind: Kind, context: Context, rng: random.Random) -> str:
+    record = ImageRecord(context.id, "train", captions=context.captions, instances=context.instances)
+    if kind == "detail":
+        return detail(record, rng)
+    if kind == "conversation":
+        asked = questions(record, rng, QUESTIONS, TAUGHT)
+    else:
+        thought = complex_reasoning(record, rng)
+        asked = [thought] if thought else questions(record, rng, 1)
+    return write([Pair(q.question, q.answer) for q in asked])
+
+
+def _sentence(caption: str) -> str:
+    text = " ".join(caption.split()).rstrip(".!?;:, ")
+    return text[:1].upper() + text[1:] + "."
+
+
+def _many(category: str, count: int) -> str:
+    if count == 1:
+        return f"one {category}"
+    return f"{NUMBERS[count] if count <= MOST_COUNTED else 'many'} {plural(category)}"
+
+
+def _is(count: int) -> str:
+    return "is" if count == 1 else "are"
+
+
+def _place(box: Instance) -> str:
+    x1, y1, x2, y2 = box.bbox
+    return PHRASES[place_name((x1 + x2) / 2, (y1 + y2) / 2)]
+
+
+def _area(box: Instance) -> float:
+    x1, y1, x2, y2 = box.bbox
+    return (x2 - x1) * (y2 - y1)
+
+
+def _single(context: Context) -> list[Instance]:
+    """The objects that are the only one of their kind."""
+    counts = Counter(i.category for i in context.instances)
+    return [i for i in context.instances if counts[i.category] == 1]
+
+
+def _conversation(context: Context, rng: random.Random) -> list[Pair]:
+    pairs = [Pair("What is shown here?", _sentence(rng.choice(context.captions)))]
+    counts = Counter(i.category for i in context.instances)
+    for category, count in counts.items():
+        answer = f"There {_is(count)} {_many(category, count)}."
+        if count <= MOST_COUNTED:
+            pairs.append(Pair(f"How many {plural(category)} are there?", answer))
+        pairs.append(Pair(f"Can you see any {plural(category)}?", f"Yes, there {answer[6:]}"))
+    pairs += [
+        Pair(f"Where is the {box.category}?", f"The {box.category} is {_place(box)}.")
+        for box in _single(context)
+    ]
+    return rng.sample(pairs, min(QUESTIONS, len(pairs)))
+
+
+def _description(context: Context, rng: random.Random) -> str:
+    sentences = list(dict.fromkeys(_sentence(c) for c in context.captions))
+    rng.shuffle(sentences)
+    counts = Counter(i.category for i in context.instances)
+    told = [f"There {_is(count)} {_many(category, count)}" for category, count in counts.items()]
+    where = [f"The {box.category} is {_place(box)}" for box in _single(context)]
+    return " ".join(sentences[:3] + [f"{text}." for text in told + where])
+
+
+def _reasoning(context: Context, rng: random.Random) -> list[Pair]:
+    single = _single(context)
+    if len(single) < 2:
+        seen = _sentence(rng.choice(context.captions))
+        return [
+            Pair(
+                "What can be said about the situation here, and on what grounds?",
+                f"This is what one sees: {seen} Since nothing else stands out, that is what it is about.",
+            )
+        ]
+    one, other = rng.sample(single, 2)
+    large, small = (one, other) if _area(one) >= _area(other) else (other, one)
+    return [
+        Pair(
+            f"Which takes up more of the view, the {one.category} or the {other.category}?",
+            f"The {large.category} is {_place(large)} and the {small.category} is {_place(small)}. The "
+            f"{large.category} covers the larger part of the view, so it is the {large.category}.",
+        )
+    ]
