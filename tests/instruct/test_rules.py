@@ -145,3 +145,19 @@ def test_planted_miscounts_are_found_on_coco() -> None:
         found += RULES["contradicts_count"]("conversation", wrong, context) is not None
     assert planted > 40
     assert found > 0.8 * planted
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason=f"{SHARED} is absent")
+def test_released_answers_break_no_rule() -> None:
+    """90 answers of GPT-4 with the contexts that they were written from."""
+    rows = [json.loads(line) for line in (SHARED / "qa90_questions.jsonl").read_text().splitlines()]
+    answers = [json.loads(line) for line in (SHARED / "qa90_gpt4_answer.jsonl").read_text().splitlines()]
+    asked = {row["question_id"]: row for row in rows}
+    read = contexts.read_contexts(str(SHARED / "caps_boxes_coco2014_val_80.jsonl"))
+    known = {c.image.rpartition("_")[2]: c for c in read if isinstance(c, Context)}
+    kinds: dict[str, Kind] = {"conv": "conversation", "detail": "detail", "complex": "reasoning"}
+    assert len(answers) == 90
+    for answer in answers:
+        row = asked[answer["question_id"]]
+        context = known[row["image"].rpartition("_")[2]]
+        assert check(kinds[row["category"]], [Pair(row["text"], answer["text"])], context) is None
