@@ -47,12 +47,9 @@ def _run(script: str, folder: Path, *options: str) -> tuple[Any, str]:
 
 
 def test_make_bench_runs_every_script() -> None:
-    files = (ROOT / "benchmarks").glob("*.py")
-    found = sorted(file.stem for file in files if "\ndef main()" in file.read_text())
-    # vLLM has an environment of its own: docs/interop.md.
-    assert [script for script in found if script != "vllm_agreement"] == sorted(SCRIPTS)
     makefile = (ROOT / "Makefile").read_text()
     assert [script for script in SCRIPTS if f"benchmarks/{script}.py" not in makefile] == []
+    assert [script for script in SCRIPTS if not (ROOT / "benchmarks" / f"{script}.py").is_file()] == []
 
 
 @pytest.mark.slow
