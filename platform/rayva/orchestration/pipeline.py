@@ -93,7 +93,7 @@ class Step:
 def _stage(name: str) -> Settings:
     """A training stage's slice. How the work is split does not change the result, so it stays out."""
     split = (
-        "micro_batch_size", "gradient_checkpointing", "checkpoint_every", "checkpoint_minutes",
+        "micro_batch_size", "packing", "gradient_checkpointing", "checkpoint_every", "checkpoint_minutes",
         "keep_checkpoints", "keep_best",
     )  # fmt: skip
     template = "conversation.template" if name == "pretrain" else "conversation.pretrain_template"

@@ -138,6 +138,8 @@ class Stage(Config):
     epochs: float = Field(default=1.0, gt=0)
     micro_batch_size: int = Field(default=16, ge=1)
     """Samples per forward pass of one worker."""
+    packing: bool = True
+    """Samples share rows, each with attention to itself alone, instead of padding to a common length."""
     warmup_ratio: float = Field(default=0.03, ge=0, le=1)
     schedule: Literal["cosine", "constant"] = "cosine"
     weight_decay: float = Field(default=0.0, ge=0)

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
-from rayva.model.batch import Batch, collate_packed
+from rayva.model.batch import Batch, collate, collate_flat, collate_packed
 from rayva.training.dataset import Example, SampleSource
 from rayva.training.plan import TrainingPlan, deal, pack
 
@@ -17,6 +18,10 @@ _AHEAD = 2
 """Steps that wait ready, at most: enough to hide reading, little memory."""
 _ROW_SAMPLES = 2
 """A row has room for that many samples of a micro-batch's greatest length."""
+
+Layout = Literal["flat", "rows", "padded"]
+"""How a micro-batch's samples lie: one behind the other in one row without padding; packed into rows, with
+a block mask; or a row for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,7 @@ class Share:
     rank: int
     world_size: int
     micro: int
+    layout: Layout = "padded"
 
 
 def prepare_step(
@@ -55,14 +61,14 @@ def prepare_step(
     examples = [example for example in encoded if example is not None]
     lengths = [len(example.input_ids) for example in examples]
     dealt = deal(lengths, share.world_size, share.micro, plan.micro_batches(share.world_size, share.micro))
-    packed = [[_packed_rows(batch, lengths, source.max_tokens) for batch in rank] for rank in dealt]
+    packed = [[_rows(batch, lengths, source.max_tokens, share.layout) for batch in rank] for rank in dealt]
     padded = sum(_cells(rows, lengths) for rank in packed for rows in rank)
     own = [[[examples[i] for i in row] for row in rows] for rows in packed[share.rank]]
     supervised = sum(example.supervised for example in examples)
     counts.update(samples=len(examples), supervised_tokens=supervised, tokens=sum(lengths))
     return PreparedStep(
         step=step,
-        micro_batches=[_batch(part, source, vision_hidden) for part in own],
+        micro_batches=[_batch(part, source, vision_hidden, share.layout) for part in own],
         sample_ids=[example.sample_id for example in examples],
         tokens=sum(lengths),
         padded_tokens=padded,
@@ -71,11 +77,13 @@ def prepare_step(
     )
 
 
-def _packed_rows(batch: list[int], lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """A micro-batch's samples packed into rows; positions in `lengths`.
-
-    Rows are no longer than it takes to leave little padding: attention costs their square.
-    """
+def _rows(batch: list[int], lengths: list[int], max_tokens: int, layout: Layout) -> list[list[int]]:
+    """A micro-batch's samples by rows; positions in `lengths`."""
+    if layout == "flat":
+        return [batch] if batch else []
+    if layout == "padded":
+        return [[position] for position in batch]
+    # Rows are no longer than it takes to leave little padding: attention with a mask costs their square.
     own = [lengths[position] for position in batch]
     capacity = min(max_tokens, _ROW_SAMPLES * max(own, default=0))
     return [[batch[i] for i in row] for row in pack(own, capacity)]
@@ -86,9 +94,14 @@ def _cells(rows: list[list[int]], lengths: list[int]) -> int:
     return len(rows) * max((sum(lengths[position] for position in row) for row in rows), default=0)
 
 
-def _batch(packed: list[list[Example]], source: SampleSource, vision_hidden: int) -> Batch:
-    rows = iter(source.rows([example for examples in packed for example in examples]))
-    return collate_packed([[next(rows) for _ in examples] for examples in packed], vision_hidden)
+def _batch(parts: list[list[Example]], source: SampleSource, vision_hidden: int, layout: Layout) -> Batch:
+    rows = source.rows([example for examples in parts for example in examples])
+    if layout == "flat":
+        return collate_flat(rows, vision_hidden)
+    if layout == "padded":
+        return collate(rows, vision_hidden)
+    left = iter(rows)
+    return collate_packed([[next(left) for _ in examples] for examples in parts], vision_hidden)
 
 
 @contextmanager
