@@ -8,11 +8,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rayva.errors import WeightsError
-from rayva.model import vlm
 from rayva.model.batch import Batch, ImageCountError, Row, collate, collate_packed, expand_images
 from rayva.model.folder import save_projector
 from rayva.model.freeze import apply_freeze_policy
@@ -108,29 +106,6 @@ def test_no_rows_give_a_zero_loss_that_reaches_every_parameter(model: VisionLang
     loss.backward()
     gradients = [parameter.grad for parameter in model.parameters()]
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
-
-
-def test_loss_in_chunks_equals_full_logits(
-    model: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batch = collate([_row(list(range(3, 20)), 1), _row(list(range(20, 30)), 2)], VISION)
-    logits = model.language.get_output_embeddings()(model.forward_hidden(batch))
-    full = functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), batch.labels_BT[:, 1:].flatten(), reduction="sum"
-    )
-    expected = torch.autograd.grad(full, list(model.parameters()))
-    seen: list[int] = []
-    model.language.get_output_embeddings().register_forward_hook(
-        lambda module, inputs, output: seen.append(output.shape[0])
-    )
-    monkeypatch.setattr(vlm, "_LOGITS_AT_ONCE", 4 * VOCABULARY)
-    loss, count = model.loss_sum(batch)
-    gradients = torch.autograd.grad(loss, list(model.parameters()))
-    assert max(seen) == 4
-    assert sum(seen) == 2 * int(count)  # once forwards, once more backwards
-    torch.testing.assert_close(loss, full)
-    for gradient, wanted in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_freeze_policy(model: VisionLanguageModel) -> None:

@@ -1,7 +1,7 @@
-"""One rank of a plain distributed run: trains every given setting, writes losses and final weights.
+"""One rank of a plain distributed run: trains every given setting, writes losses and sample ids by step.
 
-Arguments: a JSON list of stage settings, and the folder to write to. The process group comes from the
-environment, as torchrun sets it.
+Arguments: a JSON list of stage settings, the number of steps, and the folder to write to. The process group
+comes from the environment, as torchrun sets it.
 """
 
 from __future__ import annotations
@@ -9,29 +9,45 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from rayva.training import loop
 from rayva.training.engine import init_distributed
-from rayva.training.loop import train
-from tests.training.support import FolderHooks, tiny_job
+from tests.training.support import FolderHooks, scenes_job
 
 
-def main(settings: list[dict[str, object]], folder: Path) -> None:
+@contextmanager
+def seen_samples() -> Iterator[list[list[str]]]:
+    """Sample ids of every step that is run meanwhile."""
+    ids: list[list[str]] = []
+    run_step = loop._run_step
+
+    def noted(engine: Any, prepared: Any, *rest: Any) -> Any:
+        ids.append(prepared.sample_ids)
+        return run_step(engine, prepared, *rest)
+
+    loop._run_step = noted
+    yield ids
+    loop._run_step = run_step
+
+
+def main(settings: list[dict[str, object]], steps: int, folder: Path) -> None:
     torch.set_num_threads(1)
     init_distributed(torch.device("cpu"))
-    losses = []
+    told = []
     for index, setting in enumerate(settings):
         hooks = FolderHooks(folder / f"{index}-rank{os.environ['RANK']}")
-        result = train(tiny_job(**setting), hooks)
-        losses.append([metrics["loss"] for metrics in hooks.metrics])
-        gathered = result.engine.gather(result.engine.model)
-        if gathered is not None:
-            torch.save(gathered, folder / f"{index}.pt")
+        with seen_samples() as ids:
+            result = loop.train(scenes_job(steps, **setting), hooks)
+        told.append(([metrics["loss"] for metrics in hooks.metrics], ids))
         result.engine.close()
-    (folder / f"losses-{os.environ['RANK']}.json").write_text(json.dumps(losses))
+    (folder / f"told-{os.environ['RANK']}.json").write_text(json.dumps(told))
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]), Path(sys.argv[2]))
+    main(json.loads(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rayva.data.schema import SAMPLES
+from rayva.data.schema import SAMPLES, ImageRecord
+from rayva.instruct import scene_data
 from rayva.model.projector import build_projector
 from rayva.model.vlm import VisionLanguageModel
-from rayva.recipes.schema import Stage
+from rayva.recipes.schema import Data, Stage
 from rayva.text.templates import get_template
 from rayva.training.dataset import SampleSource, TextSettings
 from rayva.training.loop import TrainJob
@@ -41,7 +45,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_model(kind: str = "linear") -> VisionLanguageModel:
+def tiny_model(kind: str = "linear", vision_hidden: int = VISION_HIDDEN) -> VisionLanguageModel:
     """A Llama of two layers with a projector, from a fixed seed."""
     torch.manual_seed(7)
     config = LlamaConfig(
@@ -56,7 +60,7 @@ def tiny_model(kind: str = "linear") -> VisionLanguageModel:
         eos_token_id=2,
         pad_token_id=0,
     )
-    return VisionLanguageModel(LlamaForCausalLM(config), build_projector(kind, VISION_HIDDEN, TEXT_HIDDEN))
+    return VisionLanguageModel(LlamaForCausalLM(config), build_projector(kind, vision_hidden, TEXT_HIDDEN))
 
 
 def tiny_samples(count: int) -> pa.Table:
@@ -104,6 +108,44 @@ def tiny_job(count: int = 30, epochs: float = 1.0, **settings: Any) -> TrainJob:
     stage = Stage(**(defaults | settings))
     plan = TrainingPlan(count, stage.batch_size, stage.epochs, stage.seed, "tiny")
     return TrainJob(tiny_model(), tiny_source(count), plan, stage, torch.device("cpu"), "job")
+
+
+class PixelFeatures:
+    """Features of drawn scenes: the mean colours of a 4 x 4 grid's cells, each in quarters."""
+
+    num_tokens, hidden = 16, 12
+
+    def __init__(self, images: Iterable[ImageRecord]) -> None:
+        self._features = {image.image_id: self._pool(image) for image in images}
+
+    def read(self, image_ids: Sequence[str]) -> list[Tensor]:
+        return [self._features[image_id] for image_id in image_ids]
+
+    def _pool(self, image: ImageRecord) -> Tensor:
+        assert image.content is not None
+        picture = Image.open(io.BytesIO(image.content)).convert("RGB").resize((8, 8), Image.Resampling.BOX)
+        pixels_HWC = torch.from_numpy(np.array(picture)).float() / 127.5 - 1
+        cells = pixels_HWC.reshape(4, 2, 4, 2, 3).permute(0, 2, 1, 3, 4)
+        return cells.reshape(self.num_tokens, self.hidden)
+
+
+def scenes_job(steps: int, **settings: Any) -> TrainJob:
+    """A job of `steps` steps over the built-in scenes: real pictures, questions and answers."""
+    stage = Stage(train="all", precision="float32", **settings)
+    count = 40 * stage.batch_size
+    data = Data(source="scenes", seed=5, train_scenes=count, samples_per_image=1, questions_per_sample=1)
+    bundle = scene_data.build(data)
+    rows = [asdict(sample) for sample in bundle.finetune]
+    samples = pa.Table.from_pylist(rows, schema=SAMPLES)
+    features = PixelFeatures(image for image in bundle.images if image.split == "train")
+    tokenizer = tiny_tokenizer()
+    text = TextSettings(get_template("v1", tokenizer=tokenizer, system=""), max_tokens=256)
+    known = pa.array([f"scene-train-{i:06d}" for i in range(count)])
+    source = SampleSource(samples, known, features, text, tokenizer)
+    plan = TrainingPlan(len(source), stage.batch_size, steps * stage.batch_size / len(source), 0, "scenes")
+    assert plan.steps_total == steps
+    model = tiny_model("mlp2x_gelu", PixelFeatures.hidden)
+    return TrainJob(model, source, plan, stage, torch.device("cpu"), "scenes")
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The loss depends neither on world size, micro-batch size nor ZeRO: it is that of a plain loop."""
+"""Losses are those of a plain loop, however the work is split: workers, micro-batches, packing, ZeRO."""
 
 from __future__ import annotations
 
@@ -18,28 +18,37 @@ from torch.nn import functional
 from transformers import get_cosine_schedule_with_warmup
 
 from rayva.model.batch import collate
-from rayva.training.loop import train
-from tests.training.support import VISION_HIDDEN, FolderHooks, tiny_job
+from rayva.training.loop import TrainJob, train
+from tests.training.support import FolderHooks, scenes_job, tiny_job
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMON: dict[str, Any] = {"lr": 2e-3, "epochs": 1.5, "checkpoint_every": 1000}
-SPLITS = [{"micro_batch_size": micro, "zero": zero, **COMMON} for micro, zero in product([1, 4], [0, 2])]
+STEPS = 50
+SCENES: dict[str, Any] = {"lr": 1e-3, "projector_lr": 4e-3, "batch_size": 8, "checkpoint_every": 1000}
+MATRIX = [
+    {"micro_batch_size": micro, "packing": packing, "zero": zero, **SCENES}
+    for micro, packing, zero in product([1, 4], [True, False], [0, 2, 3])
+]
 
 
-def _reference(**settings: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """One sample at a time, full logits, torch's AdamW and HF's schedule: nothing of the engine."""
-    job = tiny_job(**settings)
+def _reference(job: TrainJob) -> tuple[list[float], list[list[str]], dict[str, torch.Tensor]]:
+    """One sample at a time, full logits, torch's AdamW and HF's schedule: nothing of the engine.
+
+    Losses and sample ids of each step, and the final weights.
+    """
     stage, plan, model = job.stage, job.plan, job.model
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=stage.lr, betas=stage.betas, eps=stage.eps, weight_decay=0.0
-    )
+    groups = [
+        {"params": list(model.projector.parameters()), "lr": stage.projector_lr or stage.lr},
+        {"params": list(model.language.parameters()), "lr": stage.lr},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=stage.betas, eps=stage.eps, weight_decay=0.0)
     warmup = -(-plan.steps_total * 3 // 100)
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, plan.steps_total)
-    losses = []
+    losses, ids = [], []
     for step in range(plan.steps_total):
         epoch = plan.epoch_of(step)
         examples = [job.source.example(index, epoch, Counter()) for index in plan.global_batch(step)]
-        batches = [collate(job.source.rows([e]), VISION_HIDDEN) for e in examples if e is not None]
+        batches = [collate(job.source.rows([e]), model.vision_hidden) for e in examples if e is not None]
         count = sum(int((batch.labels_BT[:, 1:] != -100).sum()) for batch in batches)
         total = torch.zeros(())
         for batch in batches:
@@ -52,52 +61,64 @@ def _reference(**settings: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
         schedule.step()
         optimizer.zero_grad()
         losses.append(float(total.detach() / count))
-    return losses, dict(model.state_dict())
+        ids.append([example.sample_id for example in examples if example is not None])
+    return losses, ids, dict(model.state_dict())
 
 
-@pytest.fixture(scope="module")
-def reference() -> tuple[list[float], dict[str, torch.Tensor]]:
-    return _reference(**COMMON)
-
-
-@pytest.mark.parametrize("split", SPLITS)
-def test_one_worker_equals_a_plain_loop(
-    split: dict[str, Any],
-    reference: tuple[list[float], dict[str, torch.Tensor]],
-    process_group: None,
-    tmp_path: Path,
-) -> None:
+@pytest.mark.parametrize(
+    "split",
+    [
+        {"micro_batch_size": 1, "zero": 0}, {"micro_batch_size": 4, "zero": 2},
+        {"micro_batch_size": 4, "zero": 0, "packing": False},
+    ],
+)  # fmt: skip
+def test_one_worker_equals_a_plain_loop(split: dict[str, Any], process_group: None, tmp_path: Path) -> None:
+    settings = COMMON | split
+    losses, _, weights = _reference(tiny_job(**settings))
     hooks = FolderHooks(tmp_path)
-    result = train(tiny_job(**split), hooks)
-    assert [metrics["loss"] for metrics in hooks.metrics] == pytest.approx(reference[0], rel=1e-5)
+    result = train(tiny_job(**settings), hooks)
+    assert [metrics["loss"] for metrics in hooks.metrics] == pytest.approx(losses, rel=1e-5)
     gathered = result.engine.gather(result.engine.model)
     assert gathered is not None
-    for name, expected in reference[1].items():
+    for name, expected in weights.items():
         torch.testing.assert_close(gathered[name], expected, atol=2e-4, rtol=0)
 
 
+@pytest.fixture(scope="module")
+def scenes_reference() -> tuple[list[float], list[list[str]], dict[str, torch.Tensor]]:
+    torch.set_num_threads(1)
+    return _reference(scenes_job(STEPS, **SCENES))
+
+
 @pytest.mark.slow
-def test_two_workers_equal_a_plain_loop(
-    reference: tuple[list[float], dict[str, torch.Tensor]], tmp_path: Path
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_fifty_steps_equal_a_plain_loop_however_the_work_is_split(
+    world_size: int,
+    scenes_reference: tuple[list[float], list[list[str]], dict[str, torch.Tensor]],
+    tmp_path: Path,
 ) -> None:
-    settings = [*SPLITS, {"micro_batch_size": 4, "zero": 3, **COMMON}]
+    """fp32, drawn scenes: losses to 1e-5, and the same samples in the same steps on every rank."""
+    losses, ids, _ = scenes_reference
+    assert losses[-1] < 0.8 * losses[0]  # it learns: the losses compared are of a training that moves
+    for result in _run_ranks(world_size, MATRIX, tmp_path):
+        for settings, (own, seen) in zip(MATRIX, result, strict=True):
+            assert own == pytest.approx(losses, rel=1e-5), settings
+            assert seen == ids, settings
+
+
+def _run_ranks(world_size: int, settings: list[dict[str, Any]], folder: Path) -> list[Any]:
+    """What `tests.training.rank` tells on every rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    paths = os.pathsep.join([str(ROOT / "platform"), str(ROOT)])
     shared = os.environ | {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "PYTHONPATH": paths,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world_size),
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "platform"), str(ROOT)]), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    command = [sys.executable, "-m", "tests.training.rank", json.dumps(settings), str(tmp_path)]
+    command = [sys.executable, "-m", "tests.training.rank", json.dumps(settings), str(STEPS), str(folder)]
     ranks = [
         subprocess.Popen(command, cwd=ROOT, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-        for rank in range(2)
+        for rank in range(world_size)
     ]
-    assert [rank.wait(timeout=500) for rank in ranks] == [0, 0]
-    first, second = (json.loads((tmp_path / f"losses-{rank}.json").read_text()) for rank in range(2))
-    assert first == second
-    for index, losses in enumerate(first):
-        assert losses == pytest.approx(reference[0], rel=1e-5), settings[index]
-        gathered = torch.load(tmp_path / f"{index}.pt", weights_only=True)
-        for name, expected in reference[1].items():
-            torch.testing.assert_close(gathered[name], expected, atol=2e-4, rtol=0)
+    assert [rank.wait(timeout=500) for rank in ranks] == [0] * world_size
+    return [json.loads((folder / f"told-{rank}.json").read_text()) for rank in range(world_size)]

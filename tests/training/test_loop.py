@@ -12,11 +12,15 @@ import torch
 from torch import Tensor
 
 from rayva.errors import TrainingError
+from rayva.recipes.schema import Lora
 from rayva.training.checkpoint import DamagedCheckpointError, read_progress, verify
 from rayva.training.loop import train
 from tests.training.support import FolderHooks, TinyFeatures, state_bytes, tiny_job, tiny_model
 
 pytestmark = pytest.mark.usefixtures("process_group")
+
+
+LORA = Lora(r=4, dropout=0.1)
 
 
 def _train(root: Path, **settings: Any) -> tuple[FolderHooks, dict[str, bytes]]:
@@ -34,8 +38,8 @@ def _interrupt(root: Path, after: int, **settings: Any) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"train": "projector"}, {"zero": 2}, {"precision": "bfloat16"}],
-    ids=["all", "projector", "zero2", "bf16"],
+    [{}, {"train": "projector"}, {"zero": 2}, {"precision": "bfloat16"}, {"lora": LORA}],
+    ids=["all", "projector", "zero2", "bf16", "lora"],
 )
 def test_an_interrupted_training_goes_on_bit_by_bit(settings: dict[str, Any], tmp_path: Path) -> None:
     whole, expected = _train(tmp_path / "whole", epochs=2.0, **settings)
@@ -54,6 +58,24 @@ def test_counts_add_up_over_interruptions(tmp_path: Path) -> None:
     assert whole.counts["samples"] == 30
 
 
+@pytest.mark.parametrize("zero", [0, 2])
+def test_lora_trains_and_keeps_adapters_and_projector_alone(zero: int, tmp_path: Path) -> None:
+    before = state_bytes(tiny_model())
+    hooks = FolderHooks(tmp_path)
+    result = train(tiny_job(lora=Lora(r=2), zero=zero), hooks)
+    after = {name.replace(".base_layer.", "."): b for name, b in state_bytes(result.engine.model).items()}
+    assert {name for name in before if before[name] != after[name]} == {"projector.weight", "projector.bias"}
+    states = torch.load(
+        hooks.root / "checkpoint-00000003" / "engine" / "mp_rank_00_model_states.pt", weights_only=False
+    )
+    assert all("lora_" in name or name.startswith("projector.") for name in states["module"])
+    moments = result.engine._optimizer.state
+    trained = sum(p.numel() for p in result.engine.model.parameters() if p.requires_grad)
+    kept = sum(s["exp_avg"].numel() for s in moments.values())
+    assert trained <= kept < trained + 64  # ZeRO pads its partitions
+    result.engine.close()
+
+
 def test_stage_1_trains_and_keeps_the_projector_alone(tmp_path: Path) -> None:
     before = state_bytes(tiny_model())
     hooks, after = _train(tmp_path, train="projector")
@@ -63,6 +85,25 @@ def test_stage_1_trains_and_keeps_the_projector_alone(tmp_path: Path) -> None:
     with checkpoint.open() as folder:
         states = torch.load(folder / "engine" / "mp_rank_00_model_states.pt", weights_only=False)
         assert set(states["module"]) == {"projector.weight", "projector.bias"}
+
+
+@pytest.mark.parametrize("settings", [{"zero": 0}, {"zero": 2}, {"precision": "bfloat16"}, {"zero": 3}])
+def test_a_frozen_language_model_takes_no_gradient_and_no_optimizer_state(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    result = train(tiny_job(train="projector", **settings), FolderHooks(tmp_path))
+    assert all(parameter.grad is None for parameter in result.engine.model.language.parameters())
+    own = sum(parameter.numel() for parameter in tiny_model().projector.parameters())
+    kept = sum(s["exp_avg"].numel() for s in result.engine._optimizer.state.values())
+    assert own <= kept < own + 64
+    result.engine.close()
+
+
+def test_embeddings_have_a_learning_rate_of_their_own(tmp_path: Path) -> None:
+    before = tiny_model().state_dict()
+    after = train(tiny_job(lr=1e-12, embedding_lr=1e-2), FolderHooks(tmp_path)).engine.model.state_dict()
+    changed = {name for name in before if not torch.allclose(before[name], after[name], atol=1e-6)}
+    assert changed == {"language.model.embed_tokens.weight", "language.lm_head.weight"}  # they are tied
 
 
 @pytest.mark.parametrize("damage", ["change", "cut", "remove", "add", "no manifest"])

@@ -53,7 +53,9 @@ class Batch:
     `attention_mask_BT` is None for rows that are padded on the right: under causal attention no real
     position ever sees the padding after it. Rows padded on the left need the mask.
     `position_ids_BT` is set where a row holds several samples. It starts anew with each of them, and
-    transformers keeps attention within each such run: with a block mask, or with variable-length kernels.
+    transformers keeps attention within each such run with a block mask.
+    `sample_lengths` is set where all samples stand one behind the other in one row, without padding: the
+    length of each. That takes a model which `rayva.model.attention.isolate_samples` has prepared.
     """
 
     input_ids_BT: Tensor
@@ -61,6 +63,7 @@ class Batch:
     features_MD: Tensor
     attention_mask_BT: Tensor | None = None
     position_ids_BT: Tensor | None = None
+    sample_lengths: tuple[int, ...] | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
@@ -122,6 +125,15 @@ def collate_packed(packed: Sequence[Sequence[Row]], vision_hidden: int) -> Batch
         return batch
     length = batch.input_ids_BT.shape[1]
     return replace(batch, position_ids_BT=torch.stack([_positions(samples, length) for samples in packed]))
+
+
+def collate_flat(rows: Sequence[Row], vision_hidden: int) -> Batch:
+    """All samples one behind the other in one row, without padding (`Batch.sample_lengths`)."""
+    rows = rows or [Row([0], [IGNORE_INDEX], None)]
+    batch = collate([_joined(rows)], vision_hidden)
+    lengths = tuple(len(row.input_ids) for row in rows)
+    positions_BT = _positions(rows, sum(lengths)).unsqueeze(0)
+    return replace(batch, position_ids_BT=positions_BT, sample_lengths=lengths)
 
 
 def _joined(samples: Sequence[Row]) -> Row:

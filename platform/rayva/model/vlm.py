@@ -8,17 +8,13 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from rayva.model.attention import sample_borders
 from rayva.model.batch import Batch, ImageCountError
+from rayva.model.loss import cross_entropy_sum
 from rayva.text.special import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-
-_LOGITS_AT_ONCE = 2**24
-"""Logits that exist at the same time, in elements (64 MiB in fp32)."""
 
 
 class VisionLanguageModel(nn.Module):
@@ -63,38 +59,26 @@ class VisionLanguageModel(nn.Module):
 
     def forward_hidden(self, batch: Batch) -> Tensor:
         """Last hidden states [B, T, H], before the LM head."""
+        lengths = batch.sample_lengths
+        borders = {} if lengths is None else sample_borders(lengths, batch.input_ids_BT.device)
         output = self.language.base_model(
             inputs_embeds=self.embed(batch),
             attention_mask=batch.attention_mask_BT,
             position_ids=batch.position_ids_BT,
             use_cache=False,
+            **borders,
         )
         return cast(Tensor, output.last_hidden_state)
 
     def loss_sum(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Sum over supervised tokens of the cross-entropy in fp32 (equation 3), and their number.
 
-        Position t predicts token t + 1. Only supervised positions go through the LM head, in chunks
-        whose logits are computed again in the backward pass, so that logits of the whole batch never exist.
+        Position t predicts token t + 1. Only supervised positions go through the LM head, in chunks, so that
+        logits of the whole batch never exist.
         """
         hidden_BTH = self.forward_hidden(batch)
         targets_BT = batch.labels_BT[:, 1:]
         supervised_BT = targets_BT != IGNORE_INDEX
         hidden_SH = hidden_BTH[:, :-1][supervised_BT]
-        targets_S = targets_BT[supervised_BT]
-        count = supervised_BT.sum()
-        chunk = max(1, _LOGITS_AT_ONCE // self.language.config.vocab_size)
-        if len(targets_S) <= chunk:
-            return self._chunk_loss(hidden_SH, targets_S), count
-        # The zero keeps the sum in fp32 from the first chunk on.
-        total = hidden_SH.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(targets_S), chunk):
-            part = slice(start, start + chunk)
-            total = total + checkpoint(
-                self._chunk_loss, hidden_SH[part], targets_S[part], use_reentrant=False
-            )
-        return total, count
-
-    def _chunk_loss(self, hidden_SH: Tensor, targets_S: Tensor) -> Tensor:
-        logits_SV = self.language.get_output_embeddings()(hidden_SH).float()
-        return functional.cross_entropy(logits_SV, targets_S, reduction="sum")
+        head = self.language.get_output_embeddings()
+        return cross_entropy_sum(hidden_SH, targets_BT[supervised_BT], head), supervised_BT.sum()

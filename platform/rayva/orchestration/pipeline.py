@@ -93,7 +93,7 @@ class Step:
 def _stage(name: str) -> Settings:
     """A training stage's slice. How the work is split does not change the result, so it stays out."""
     split = (
-        "micro_batch_size", "gradient_checkpointing", "checkpoint_every", "checkpoint_minutes",
+        "micro_batch_size", "packing", "gradient_checkpointing", "checkpoint_every", "checkpoint_minutes",
         "keep_checkpoints", "keep_best",
     )  # fmt: skip
     template = "conversation.template" if name == "pretrain" else "conversation.pretrain_template"
@@ -343,16 +343,21 @@ def _run_step(recipe: Recipe, storage: Storage, planned: Planned, tracker: JobTr
         tracker.metrics(result.metrics)
         for artifact in result.artifacts:
             tracker.artifact(artifact)
-    about = {
+    # Asking for the run's id waits for the server: the end of the job is soon enough.
+    about = described(recipe, planned, tracker.info() if last else None)
+    folder.finish(result.outputs, result.metrics, clock.seconds, about)
+    return clock.seconds
+
+
+def described(recipe: Recipe, planned: Planned, mlflow: Any = None) -> dict[str, Any]:
+    """What a finished step's manifest tells beside its outputs."""
+    return {
         "recipe": recipe.name,
         "settings": planned.settings,
         "inputs": {name: inputs.digest for name, inputs in planned.inputs.items()},
         "code": code_version(),
-        # Asking for the run's id waits for the server: the end of the job is soon enough.
-        "mlflow": tracker.info() if last else None,
+        "mlflow": mlflow,
     }
-    folder.finish(result.outputs, result.metrics, clock.seconds, about)
-    return clock.seconds
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -123,6 +123,23 @@ class Features(Config):
     encoder_cpus: float = Field(default=1.0, ge=0)
     encoder_gpus: float = Field(default=0.0, ge=0)
     decoder_cpus: float = Field(default=1.0, gt=0)
+    prefetch_steps: int = Field(default=2, ge=1)
+    """Steps of training whose features are read ahead ..."""
+    prefetch_mebibytes: int = Field(default=4096, ge=1)
+    """... and fewer where these would hold more memory than that, in each worker."""
+    read_threads: int = Field(default=16, ge=1)
+    """Features that a training worker reads at the same time."""
+
+
+class Lora(Config):
+    """Low-rank adapters in the language model (arXiv 2106.09685); W is trained in full beside them."""
+
+    r: int = Field(default=0, ge=0)
+    """Rank; 0 trains all weights."""
+    alpha: float = Field(default=16.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Names of the matrices that get an adapter; `all-linear`: all but the LM head's."""
 
 
 class Stage(Config):
@@ -133,11 +150,16 @@ class Stage(Config):
     lr: float = Field(default=2e-3, gt=0)
     projector_lr: float | None = Field(default=None, gt=0)
     """Learning rate of W where it differs from `lr`."""
+    embedding_lr: float | None = Field(default=None, gt=0)
+    """Learning rate of the token embeddings and the LM head where it differs from `lr`."""
+    lora: Lora = Lora()
     batch_size: int = Field(default=128, ge=1)
     """Global batch: samples per optimizer step over all workers."""
     epochs: float = Field(default=1.0, gt=0)
     micro_batch_size: int = Field(default=16, ge=1)
     """Samples per forward pass of one worker."""
+    packing: bool = True
+    """Samples share rows, each with attention to itself alone, instead of padding to a common length."""
     warmup_ratio: float = Field(default=0.03, ge=0, le=1)
     schedule: Literal["cosine", "constant"] = "cosine"
     weight_decay: float = Field(default=0.0, ge=0)
@@ -159,6 +181,12 @@ class Stage(Config):
     """Newest checkpoints that are kept until the stage is finished ..."""
     keep_best: int = Field(default=0, ge=0)
     """... and those with the lowest mean training loss since the checkpoint before."""
+
+    @model_validator(mode="after")
+    def _check_lora(self) -> Stage:
+        if self.lora.r and self.train == "projector":
+            raise PydanticCustomError("lora", "lora.r=0 where train=projector: the language model is frozen")
+        return self
 
 
 class Evaluation(Config):

@@ -6,6 +6,7 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -37,16 +38,26 @@ class FeatureReader(Protocol):
 
 
 class StoredFeatures:
-    """Features of the store, found by the image's content key."""
+    """Features of the store, found by the image's content key and read by several threads."""
 
     def __init__(
-        self, read: Callable[[str], npt.NDArray[np.float16]], keys: Mapping[str, str], num_tokens: int
+        self,
+        read: Callable[[str], npt.NDArray[np.float16]],
+        keys: Mapping[str, str],
+        num_tokens: int,
+        threads: int = 16,
     ) -> None:
         self._read, self._keys, self.num_tokens = read, keys, num_tokens
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="features")
 
     def read(self, image_ids: Sequence[str]) -> list[Tensor]:
-        """Features [N, D] of each image, in fp16."""
-        return [torch.tensor(self._read(self._keys[image_id])) for image_id in image_ids]
+        """Features [N, D] of each image, in fp16; one that several samples share is read once."""
+        distinct = list(dict.fromkeys(self._keys[image_id] for image_id in image_ids))
+        features = dict(zip(distinct, self._pool.map(self._copy, distinct), strict=True))
+        return [features[self._keys[image_id]] for image_id in image_ids]
+
+    def _copy(self, key: str) -> Tensor:
+        return torch.tensor(self._read(key))
 
 
 @dataclass(frozen=True, slots=True)

@@ -247,16 +247,23 @@ def _remove_frozen(module: nn.Module, state: dict[str, Tensor], prefix: str, _: 
 
 
 def _parameter_groups(model: VisionLanguageModel, stage: Stage) -> list[dict[str, Any]]:
-    """Projector and language model apart (each has its learning rate), norms and biases without decay."""
-    groups = []
-    for module, lr in ((model.projector, stage.projector_lr or stage.lr), (model.language, stage.lr)):
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        matrices = [parameter for parameter in trained if parameter.ndim >= 2]
-        vectors = [parameter for parameter in trained if parameter.ndim < 2]
-        for parameters, decay in ((matrices, stage.weight_decay), (vectors, 0.0)):
-            if parameters:
-                groups.append({"params": parameters, "lr": lr, "weight_decay": decay})
-    return groups
+    """Projector, language model and, on request, embeddings have their learning rates; vectors no decay."""
+    rates = {"projector": stage.projector_lr or stage.lr, "language": stage.lr}
+    embeddings: set[int] = set()
+    if stage.embedding_lr is not None:
+        rates["embedding"] = stage.embedding_lr
+        ends = (model.language.get_input_embeddings(), model.language.get_output_embeddings())
+        embeddings = {id(parameter) for module in ends for parameter in module.parameters()}
+    grouped: dict[tuple[str, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = "embedding" if id(parameter) in embeddings else name.split(".")[0]
+            decay = stage.weight_decay if parameter.ndim >= 2 else 0.0
+            grouped.setdefault((part, decay), []).append(parameter)
+    return [
+        {"params": parameters, "lr": rates[part], "weight_decay": decay}
+        for (part, decay), parameters in grouped.items()
+    ]
 
 
 def _config(

@@ -5,24 +5,26 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import time
 from collections import Counter
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 
 from rayva.errors import TrainingError
+from rayva.model.attention import isolate_samples
 from rayva.model.freeze import apply_freeze_policy
+from rayva.model.lora import add_adapters
 from rayva.model.vlm import VisionLanguageModel
 from rayva.recipes.schema import Stage
 from rayva.training.checkpoint import Progress
 from rayva.training.dataset import SampleSource
 from rayva.training.engine import Engine
+from rayva.training.meter import Meter
 from rayva.training.plan import TrainingPlan
 from rayva.training.precision import resolve_precision
-from rayva.training.prefetch import PreparedStep, Share, prefetch
+from rayva.training.prefetch import Ahead, Layout, PreparedStep, Share, prefetch
 from rayva.training.resume import FAILED, Hooks, Metrics, Saver, restore
 from rayva.training.schedule import lr_factor
 from rayva.training.stop import stop_on_sigterm
@@ -40,6 +42,7 @@ class TrainJob:
     stage: Stage
     device: torch.device
     digest: str
+    ahead: Ahead = field(default_factory=Ahead)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,25 +65,28 @@ def train(job: TrainJob, hooks: Hooks) -> TrainResult:
     stage, plan = job.stage, job.plan
     dtype, why = resolve_precision(stage.precision, job.device)
     logger.info("precision %s: %s", dtype, why)
-    share = Share(dist.get_rank(), dist.get_world_size(), stage.micro_batch_size)
+    share = Share(dist.get_rank(), dist.get_world_size(), stage.micro_batch_size, _layout(job))
     torch.manual_seed(stage.seed)
+    if stage.lora.r:
+        add_adapters(job.model.language, stage.lora)
     apply_freeze_policy(job.model, stage.train)
     vision_hidden = job.model.vision_hidden
     micro_batches = plan.micro_batches(share.world_size, share.micro)
+    meter = Meter(job.model, dtype, job.device)
     engine = Engine(job.model, stage, micro_batches, dtype, job.device)
     fresh = Progress(0, share.world_size, engine.zero, str(dtype), job.digest)
     state = restore(engine, hooks, fresh)
     counts, metrics = Counter(state.counts), Metrics()
     saver = Saver(engine, hooks, stage, plan.steps_total)
-    reading = prefetch(state.step, plan, job.source, share, vision_hidden)
+    reading = prefetch(state.step, plan, job.source, share, vision_hidden, job.ahead)
     with closing(saver), stop_on_sigterm(), reading as steps:
-        started = time.monotonic()
+        meter.start()
         for prepared, waited in steps:
-            metrics = _run_step(engine, prepared, job)
+            metrics = _run_step(engine, prepared, job, meter)
             counts.update(prepared.counts)
-            metrics |= _speed(engine, prepared, time.monotonic() - started, waited)
+            metrics |= meter.read(engine, prepared, waited)
             metrics[FAILED] = float(counts[FAILED])
-            started = time.monotonic()
+            meter.start()
             done = prepared.step + 1
             progress = replace(fresh, step=done, counts=dict(counts))
             hooks.on_metrics(done, metrics)
@@ -89,7 +95,13 @@ def train(job: TrainJob, hooks: Hooks) -> TrainResult:
     return TrainResult(engine, dict(counts), metrics, f"{dtype}".removeprefix("torch.") + f" ({why})")
 
 
-def _run_step(engine: Engine, prepared: PreparedStep, job: TrainJob) -> Metrics:
+def _layout(job: TrainJob) -> Layout:
+    if not job.stage.packing:
+        return "padded"
+    return "flat" if isolate_samples(job.model.language) else "rows"
+
+
+def _run_step(engine: Engine, prepared: PreparedStep, job: TrainJob, meter: Meter) -> Metrics:
     """One optimizer step; its metrics are global and the same on every rank."""
     stage = job.stage
     _seed_generators(stage.seed, prepared.step, engine.rank)
@@ -102,7 +114,9 @@ def _run_step(engine: Engine, prepared: PreparedStep, job: TrainJob) -> Metrics:
         loss_sum, _ = engine.loss_sum(batch)
         total += loss_sum.detach()
         engine.backward(loss_sum / denominator)
-    loss = engine.reduce_sum([total.item()])[0] / denominator
+    own = total.item()
+    meter.worked()
+    loss = engine.reduce_sum([own])[0] / denominator
     _require_finite("loss", loss, prepared)
     factor = lr_factor(prepared.step, job.plan.steps_total, stage.warmup_ratio, stage.schedule)
     norm = engine.update(factor)
@@ -113,19 +127,6 @@ def _run_step(engine: Engine, prepared: PreparedStep, job: TrainJob) -> Metrics:
         "grad_norm": norm,
         "supervised_tokens": float(prepared.supervised),
         "epoch": (prepared.step + 1) / job.plan.steps_per_epoch,
-    }
-
-
-def _speed(engine: Engine, prepared: PreparedStep, seconds: float, waited: float) -> Metrics:
-    """Global speed of a step: tokens are real ones, seconds and waiting are means over the ranks."""
-    totals = engine.reduce_sum([seconds, waited])
-    seconds, waited = (total / engine.world_size for total in totals)
-    return {
-        "tokens_per_second": prepared.tokens / seconds,
-        "samples_per_second": len(prepared.sample_ids) / seconds,
-        "padding_share": 1 - prepared.tokens / max(1, prepared.padded_tokens),
-        "wait_share": waited / seconds,
-        "seconds": seconds,
     }
 
 

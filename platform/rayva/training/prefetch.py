@@ -8,15 +8,19 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
-from rayva.model.batch import Batch, collate_packed
+from rayva.model.batch import Batch, Row, collate, collate_flat, collate_packed
+from rayva.text.special import IMAGE_TOKEN_INDEX
 from rayva.training.dataset import Example, SampleSource
 from rayva.training.plan import TrainingPlan, deal, pack
 
-_AHEAD = 2
-"""Steps that wait ready, at most: enough to hide reading, little memory."""
 _ROW_SAMPLES = 2
 """A row has room for that many samples of a micro-batch's greatest length."""
+
+Layout = Literal["flat", "rows", "padded"]
+"""How a micro-batch's samples lie: one behind the other in one row without padding; packed into rows, with
+a block mask; or a row for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +30,26 @@ class PreparedStep:
     step: int
     micro_batches: list[Batch]
     sample_ids: list[str]
+    lengths: list[int]
+    """Tokens of each sample of the global batch."""
+    image_tokens: int
     tokens: int
     padded_tokens: int
     supervised: int
     counts: Counter[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """How far reading runs ahead: so many steps, and fewer where they would hold more than `mebibytes`."""
+
+    steps: int = 2
+    mebibytes: int = 4096
+
+    def room(self, pending: int, step_bytes: int) -> bool:
+        """Whether one more step may be read beside `pending` ones; one always may."""
+        fits = (pending + 1) * step_bytes <= self.mebibytes * 2**20
+        return pending < self.steps and (fits or pending == 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +59,7 @@ class Share:
     rank: int
     world_size: int
     micro: int
+    layout: Layout = "padded"
 
 
 def prepare_step(
@@ -55,15 +76,19 @@ def prepare_step(
     examples = [example for example in encoded if example is not None]
     lengths = [len(example.input_ids) for example in examples]
     dealt = deal(lengths, share.world_size, share.micro, plan.micro_batches(share.world_size, share.micro))
-    packed = [[_packed_rows(batch, lengths, source.max_tokens) for batch in rank] for rank in dealt]
+    packed = [[_rows(batch, lengths, source.max_tokens, share.layout) for batch in rank] for rank in dealt]
     padded = sum(_cells(rows, lengths) for rank in packed for rows in rank)
     own = [[[examples[i] for i in row] for row in rows] for rows in packed[share.rank]]
+    # All images of this rank's part at once: they are read by several threads.
+    rows = iter(source.rows([example for batch in own for row in batch for example in row]))
     supervised = sum(example.supervised for example in examples)
     counts.update(samples=len(examples), supervised_tokens=supervised, tokens=sum(lengths))
     return PreparedStep(
         step=step,
-        micro_batches=[_batch(part, source, vision_hidden) for part in own],
+        micro_batches=[_batch(part, rows, vision_hidden, share.layout) for part in own],
         sample_ids=[example.sample_id for example in examples],
+        lengths=lengths,
+        image_tokens=sum(example.input_ids.count(IMAGE_TOKEN_INDEX) for example in examples),
         tokens=sum(lengths),
         padded_tokens=padded,
         supervised=supervised,
@@ -71,11 +96,13 @@ def prepare_step(
     )
 
 
-def _packed_rows(batch: list[int], lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """A micro-batch's samples packed into rows; positions in `lengths`.
-
-    Rows are no longer than it takes to leave little padding: attention costs their square.
-    """
+def _rows(batch: list[int], lengths: list[int], max_tokens: int, layout: Layout) -> list[list[int]]:
+    """A micro-batch's samples by rows; positions in `lengths`."""
+    if layout == "flat":
+        return [batch] if batch else []
+    if layout == "padded":
+        return [[position] for position in batch]
+    # Rows are no longer than it takes to leave little padding: attention with a mask costs their square.
     own = [lengths[position] for position in batch]
     capacity = min(max_tokens, _ROW_SAMPLES * max(own, default=0))
     return [[batch[i] for i in row] for row in pack(own, capacity)]
@@ -86,30 +113,51 @@ def _cells(rows: list[list[int]], lengths: list[int]) -> int:
     return len(rows) * max((sum(lengths[position] for position in row) for row in rows), default=0)
 
 
-def _batch(packed: list[list[Example]], source: SampleSource, vision_hidden: int) -> Batch:
-    rows = iter(source.rows([example for examples in packed for example in examples]))
-    return collate_packed([[next(rows) for _ in examples] for examples in packed], vision_hidden)
+def _batch(parts: list[list[Example]], rows: Iterator[Row], vision_hidden: int, layout: Layout) -> Batch:
+    """A micro-batch of the next `rows`, one for each example of `parts`."""
+    own = [[next(rows) for _ in examples] for examples in parts]
+    if layout == "rows":
+        return collate_packed(own, vision_hidden)
+    samples = [row for part in own for row in part]
+    return collate_flat(samples, vision_hidden) if layout == "flat" else collate(samples, vision_hidden)
+
+
+def _bytes(prepared: PreparedStep) -> int:
+    """What a step's features take."""
+    return sum(batch.features_MD.nbytes for batch in prepared.micro_batches)
+
+
+_AHEAD = Ahead()
 
 
 @contextmanager
 def prefetch(
-    first_step: int, plan: TrainingPlan, source: SampleSource, share: Share, vision_hidden: int
+    first_step: int,
+    plan: TrainingPlan,
+    source: SampleSource,
+    share: Share,
+    vision_hidden: int,
+    ahead: Ahead = _AHEAD,
 ) -> Iterator[Iterator[tuple[PreparedStep, float]]]:
     """Yields an iterator over (step, seconds waited for it); an error in the thread is raised at its step."""
     executor = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+    pending: deque[Future[PreparedStep]] = deque()
 
-    def submit(step: int) -> Future[PreparedStep]:
-        return executor.submit(prepare_step, step, plan, source, share, vision_hidden)
+    left = iter(range(first_step, plan.steps_total))
+
+    def ask(step_bytes: int) -> None:
+        while ahead.room(len(pending), step_bytes) and (step := next(left, None)) is not None:
+            pending.append(executor.submit(prepare_step, step, plan, source, share, vision_hidden))
 
     def steps() -> Iterator[tuple[PreparedStep, float]]:
-        ahead = range(first_step, min(first_step + _AHEAD, plan.steps_total))
-        pending = deque(submit(step) for step in ahead)
+        step_bytes = 0
+        ask(step_bytes)
         while pending:
             started = time.monotonic()
             prepared = pending.popleft().result()
             waited = time.monotonic() - started
-            if prepared.step + _AHEAD < plan.steps_total:
-                pending.append(submit(prepared.step + _AHEAD))
+            step_bytes = max(step_bytes, _bytes(prepared))
+            ask(step_bytes)  # before this one is worked on
             yield prepared, waited
 
     try:
