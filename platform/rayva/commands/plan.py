@@ -26,7 +26,9 @@ _FAULTY = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="storage root of a run, which holds its recipe.json")
+    parser.add_argument(
+        "--storage", required=True, help="folder or URI of a run, which holds its recipe.json"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings to change")
     parser.add_argument("--stage", choices=["pretrain", "finetune"], default="finetune")
     parser.add_argument(
@@ -38,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prints the plan."""
-    source, plan = _load(options.run, options.overrides, options.stage)
+    source, plan = _load(options.storage, options.overrides, options.stage)
     told = _figures(source, plan)
     if options.step is not None:
         if not 1 <= options.step <= plan.steps_total:
@@ -69,7 +71,9 @@ def _load(root: str, overrides: Sequence[str], stage: str) -> tuple[SampleSource
 
     storage = Storage(root)
     if not storage.exists("recipe.json"):
-        raise RayvaError(f"{storage.root} holds no run (no recipe.json).", "give the --storage of a run")
+        raise RayvaError(
+            f"{storage.root} holds no run (no recipe.json).", "give the --storage that it was started with"
+        )
     settings: dict[str, Any] = storage.read_json("recipe.json")
     for override in overrides:
         settings = merge(settings, parse_override(override))
