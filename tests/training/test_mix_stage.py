@@ -203,7 +203,8 @@ def test_the_command_tells_what_training_does(
 def test_the_command_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _plan(tmp_path, capsys) == (
         2,
-        f"error: {tmp_path}/run holds no run (no recipe.json).\n  -> give the --storage that it was started with\n",
+        f"error: {tmp_path}/run holds no run (no recipe.json).\n"
+        "  -> give the --storage that it was started with\n",
     )
     work = _finetune(tmp_path)
     code, text = _plan(tmp_path, capsys, "--step", "99")
