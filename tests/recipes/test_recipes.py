@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from rayva.errors import RecipeError
 from rayva.recipes import from_dict, require_runnable, resolve, to_dict
 from rayva.recipes.named import NAMED
+from rayva.recipes.schema import Dataset
 
 
 def fault(*overrides: str, name: str = "tiny", config: str | None = None) -> str:
@@ -223,12 +224,27 @@ def test_a_weight_that_is_no_number_is_refused_from_python_too() -> None:
         ("{path: a.json}", "data.finetune_mix: expected a list"),
         ("[a.json]", "data.finetune_mix.0: expected a section"),
         ("[{path: a.json, name: 'x/y'}]", "letters, digits"),
+        ("[{path: a.json, name: ..}]", "letters, digits"),
         ("[{path: a, format: parquet}]", "'llava' or 'captions'"),
         ("[{path: a, format: captions, images: b}]", "no `images` beside format=captions"),
     ],
 )
 def test_a_mix_that_cannot_be_used_is_a_clear_error(text: str, told: str) -> None:
     assert told in mix(text)
+
+
+@pytest.mark.parametrize(
+    ("path", "label"),
+    [
+        ("a/llava_158k.json", "llava_158k"),
+        ("s3://bucket/set v2.jsonl.gz", "set_v2"),
+        ("/data/pictures/", "pictures"),
+        (".hidden", "hidden"),
+        ("../..", "data"),
+    ],
+)
+def test_a_dataset_is_called_by_its_file(path: str, label: str) -> None:
+    assert Dataset(path=path).label == label
 
 
 def test_a_mix_survives_json_and_stands_for_the_file_of_its_stage() -> None:

@@ -93,7 +93,7 @@ class Dataset(Config):
     format: Literal["llava", "captions"] = "llava"
     weight: float = Field(default=1.0, gt=0)
     """How often an epoch visits each sample, on average: 2 is twice, 0.5 is every other one."""
-    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.-]+$")
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
     """None takes the file's (or folder's) name without its ending."""
 
     @model_validator(mode="after")
@@ -106,7 +106,7 @@ class Dataset(Config):
     def label(self) -> str:
         """What it is called in tables, metrics and sample ids."""
         stem = PurePosixPath(self.path.rstrip("/")).name.removesuffix(".gz").rpartition(".")
-        return self.name or re.sub(r"[^A-Za-z0-9_.-]", "_", stem[0] or stem[2]) or "data"
+        return self.name or re.sub(r"[^A-Za-z0-9_.-]", "_", stem[0] or stem[2]).lstrip(".-") or "data"
 
 
 class Data(Config):
