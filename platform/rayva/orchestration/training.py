@@ -15,6 +15,7 @@ import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from transformers.utils.logging import disable_progress_bar
 
 from rayva.errors import RayvaError
@@ -58,12 +59,19 @@ def _run(ctx: StepContext, name: StageName) -> StepResult:
     storage, folder = ctx.storage, ctx.folder
     if not storage.exists(folder.join(RESULT)):
         work = StageWork(ctx.recipe, name, storage, folder, ctx.inputs)
-        mailbox = Mailbox.remote()  # type: ignore[attr-defined]  # added by the decorator
+        mailbox = _mailbox_beside_the_driver()
         _fit_and_tell(_trainer(work, mailbox), mailbox, ctx)
     result = storage.read_json(folder.join(RESULT))
     # Only now: an attempt that is killed before this line still finds its checkpoints or its result.
     storage.delete(folder.join(ATTEMPTS))
     return StepResult(result["outputs"], result["metrics"])
+
+
+def _mailbox_beside_the_driver() -> Any:
+    """Where it is lost only with the driver itself, not with a worker's node."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = Mailbox.options(scheduling_strategy=here)  # type: ignore[attr-defined]  # by the decorator
+    return options.remote()
 
 
 def _trainer(work: StageWork, mailbox: Any) -> TorchTrainer:
