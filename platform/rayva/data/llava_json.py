@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from itertools import chain
+from typing import cast
 
 from rayva.data.bundle import DatasetBundle, Lazy
 from rayva.data.json_rows import read_json_rows
@@ -109,12 +110,21 @@ def build(data: Data) -> DatasetBundle:
                 f"set data.{setting}=PATH (a LLaVA JSON file or JSON Lines; both stages may use one file)",
             )
     rejects: list[Rejected] = []
-    pretrain, finetune = _File("pretrain", data), _File("finetune", data)
+    pretrain_root = data.pretrain_images or parent(str(data.pretrain_json))
+    finetune_root = data.finetune_images or parent(str(data.finetune_json))
+    # Two folders may use one name for two pictures: then stage 1's get ids of their own.
+    prefix = "pretrain://" if absolute(pretrain_root) != absolute(finetune_root) else ""
+    pretrain = LlavaFile(
+        "data.pretrain_json", str(data.pretrain_json), pretrain_root, data.test_fraction, image_prefix=prefix
+    )
+    finetune = LlavaFile(
+        "data.finetune_json", str(data.finetune_json), finetune_root, data.test_fraction, asks=True
+    )
     return DatasetBundle(
-        images=Lazy(lambda: _images(pretrain, finetune)),
-        pretrain=Lazy(lambda: (row.sample for row in pretrain.rows(rejects) if row.split == "train")),
-        finetune=Lazy(lambda: (row.sample for row in finetune.rows(rejects) if row.split == "train")),
-        questions=Lazy(lambda: _questions(finetune)),
+        images=Lazy(lambda: distinct(chain(pretrain.images(), finetune.images()))),
+        pretrain=Lazy(lambda: pretrain.samples(rejects)),
+        finetune=Lazy(lambda: finetune.samples(rejects)),
+        questions=Lazy(finetune.questions),
         rejected=rejects,
     )
 
@@ -128,23 +138,42 @@ class _Located:
     split: Split
 
 
-class _File:
-    """The LLaVA JSON of one stage with its image folder."""
+@dataclass(frozen=True, slots=True)
+class LlavaFile:
+    """One LLaVA JSON with its image folder; rows that cannot be used are left out of everything."""
 
-    def __init__(self, stage: Literal["pretrain", "finetune"], data: Data) -> None:
-        files = {"pretrain": data.pretrain_json, "finetune": data.finetune_json}
-        folders = {"pretrain": data.pretrain_images, "finetune": data.finetune_images}
-        self.setting = f"data.{stage}_json"
-        self.uri = str(files[stage])
-        self._folder = ImageFolder(folders[stage] or parent(self.uri))
-        self._test_fraction = data.test_fraction
-        # Two folders may use one name for two pictures: then stage 1's get ids of their own.
-        roots = {absolute(folders[s] or parent(str(files[s]))) for s in files}
-        self._prefix = "pretrain://" if stage == "pretrain" and len(roots) > 1 else ""
+    setting: str
+    """The recipe's key that names it."""
+    uri: str
+    root: str
+    """Its image folder."""
+    test_fraction: float
+    asks: bool = False
+    """Whether its held-out rows become questions."""
+    image_prefix: str = ""
+    dataset: str = ""
+    """Its name in a mix, which then stands before the samples' ids."""
 
-    def rows(self, rejects: list[Rejected]) -> Iterator[_Located]:
-        """The usable rows; the others are added to `rejects`."""
-        ids = UniqueIds()
+    def samples(self, rejects: list[Rejected]) -> Iterator[Sample]:
+        """What is trained on; refused rows are added to `rejects`."""
+        return (row.sample for row in self._rows(rejects) if row.split == "train")
+
+    def images(self) -> Iterator[ImageRecord]:
+        """The images of samples and questions, as often as they occur."""
+        for row in self._rows([]):
+            if row.split == "test" and not (self.asks and _question(row)):
+                continue
+            for image_id, uri in zip(row.sample.image_ids, row.uris, strict=True):
+                yield ImageRecord(image_id, row.split, uri=uri)
+
+    def questions(self) -> Iterator[Question]:
+        """Held-out rows with a short answer; none unless it `asks`."""
+        for row in self._rows([]) if self.asks else ():
+            if row.split == "test" and (question := _question(row)):
+                yield question
+
+    def _rows(self, rejects: list[Rejected]) -> Iterator[_Located]:
+        ids, folder = UniqueIds(), ImageFolder(self.root)
         for row in read_json_rows(self.uri, self.setting):
             name = f"row-{row.index}"
             try:
@@ -152,41 +181,33 @@ class _File:
                     raise BadRow("not_json", row.error)
                 parsed = parse_row(row.value)
                 name = ids.claim(parsed.row_id or name)
-                yield self._locate(name, parsed)
+                yield self._locate(name, parsed, folder)
             except BadRow as error:
                 rejects.append(rejected(self.uri, name, error))
 
-    def _locate(self, sample_id: str, row: LlavaRow) -> _Located:
-        uris = tuple(self._folder.resolve(image) for image in row.images)
-        test = any(held_out(_normal(image), self._test_fraction) for image in row.images)
+    def _locate(self, name: str, row: LlavaRow, folder: ImageFolder) -> _Located:
+        uris = tuple(folder.resolve(image) for image in row.images)
+        test = any(held_out(_normal(image), self.test_fraction) for image in row.images)
         image_ids = tuple(self._image_id(image) for image in row.images)
-        return _Located(Sample(sample_id, image_ids, row.turns), uris, "test" if test else "train")
+        sample_id = f"{self.dataset}/{name}" if self.dataset else name
+        sample = Sample(sample_id, image_ids, row.turns, dataset=self.dataset)
+        return _Located(sample, uris, "test" if test else "train")
 
     def _image_id(self, name: str) -> str:
-        return name if "://" in name or os.path.isabs(name) else self._prefix + _normal(name)
+        return name if "://" in name or os.path.isabs(name) else self.image_prefix + _normal(name)
+
+
+def distinct(images: Iterable[ImageRecord]) -> Iterator[ImageRecord]:
+    """Every image id once."""
+    seen: set[str] = set()
+    for image in images:
+        if image.image_id not in seen:
+            seen.add(image.image_id)
+            yield image
 
 
 def _normal(name: str) -> str:
     return name.removeprefix("./")
-
-
-def _images(*files: _File) -> Iterator[ImageRecord]:
-    """Every image that a training sample or a question uses, once."""
-    seen: set[str] = set()
-    for file in files:
-        for row in file.rows([]):
-            if row.split == "test" and (file.setting != "data.finetune_json" or _question(row) is None):
-                continue
-            for image_id, uri in zip(row.sample.image_ids, row.uris, strict=True):
-                if image_id not in seen:
-                    seen.add(image_id)
-                    yield ImageRecord(image_id, row.split, uri=uri)
-
-
-def _questions(file: _File) -> Iterator[Question]:
-    for row in file.rows([]):
-        if row.split == "test" and (question := _question(row)):
-            yield question
 
 
 def _question(row: _Located) -> Question | None:
