@@ -41,9 +41,9 @@ class FileTracker:
             self._file.write(json.dumps([step, metrics["loss"]]) + "\n")
 
 
-def steer(cluster: Cluster, nodes: list[Any], root: Path, until: threading.Thread) -> None:
-    """Does what files ask for, each once, until the thread ends. (Nodes start in the main thread only.)"""
-    while until.is_alive():
+def steer(cluster: Cluster, nodes: list[Any], root: Path, ended: threading.Event) -> None:
+    """Does what files ask for, each once, until the work has ended."""
+    while not ended.wait(0.2):
         if (root / "lose").exists():
             (root / "lose").unlink()
             cluster.remove_node(nodes.pop(), allow_graceful=False)
@@ -53,7 +53,6 @@ def steer(cluster: Cluster, nodes: list[Any], root: Path, until: threading.Threa
         if (root / "grow").exists():
             (root / "grow").unlink()
             nodes.append(cluster.add_node(**NODE))
-        until.join(0.2)
 
 
 def drain(node_id: str, address: str) -> None:
@@ -85,6 +84,7 @@ def main(root: Path, cases: list[dict[str, Any]]) -> None:
     nodes = [cluster.add_node(**NODE) for _ in range(2)]
     ray.init(address=cluster.address, logging_level="warning")
     failures: list[BaseException] = []
+    ended = threading.Event()
 
     def work() -> None:
         try:
@@ -92,10 +92,16 @@ def main(root: Path, cases: list[dict[str, Any]]) -> None:
         except BaseException as error:
             failures.append(error)
             raise
+        finally:
+            ended.set()
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    steer(cluster, nodes, root, thread)
+    steering = (cluster, nodes, root, ended)
+    if cases[0].get("in_main_thread"):  # as the job's steps do
+        threading.Thread(target=steer, args=steering, daemon=True).start()
+        work()
+    else:
+        threading.Thread(target=work, daemon=True).start()
+        steer(*steering)  # a node can be added in the main thread only
     ray.shutdown()
     cluster.shutdown()
     sys.exit(bool(failures))

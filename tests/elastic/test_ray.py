@@ -28,7 +28,11 @@ STAGES = [
     {"name": "lora", "stage": "finetune", "settings": {"zero": 2, "lora": {"r": 4}}},
 ]
 FAULTS: list[dict[str, Any]] = [case | {"workers": 2, "steps": 60} for case in STAGES]
-ELASTIC = {"name": "elastic", "stage": "finetune", "settings": {"zero": 3}, "workers": [1, 2], "steps": 250}
+# Slow learning: what differs in rounding between one worker and two stays as small as it is.
+ELASTIC = {
+    **{"name": "elastic", "stage": "finetune", "workers": [1, 2], "steps": 250},
+    "settings": {"zero": 3, "lr": 3e-4},
+}
 
 
 class Job:
@@ -44,8 +48,11 @@ class Job:
         command = [sys.executable, "-m", "tests.elastic.ray_driver", str(self.root), json.dumps(self._cases)]
         with (self.root / "log.txt").open("ab") as log:
             self._process = subprocess.Popen(
-                command, cwd=ROOT, env=environment() | {"RAY_TMPDIR": self._home}, stdout=log, stderr=log
+                command, cwd=ROOT, env=environment() | self._settings(), stdout=log, stderr=log
             )
+
+    def _settings(self) -> dict[str, str]:
+        return {"RAY_TMPDIR": self._home, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15"}
 
     def processes(self) -> Iterator[tuple[int, str]]:
         """Number and name of every process of this cluster, the driver left out."""
@@ -66,6 +73,11 @@ class Job:
                 os.kill(number, signal.SIGKILL)
             except ProcessLookupError:
                 continue
+
+    def interrupt(self) -> int:
+        """Ctrl-C; returns the exit code."""
+        self._process.send_signal(signal.SIGINT)
+        return self._process.wait(timeout=PATIENCE_SECONDS)
 
     def kill_worker(self) -> None:
         number = next(number for number, name in self.processes() if "RayTrainWorker" in name)
@@ -139,33 +151,38 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
         job.kill_driver()
 
 
-def test_a_killed_worker_node_and_driver_leave_no_trace(undisturbed: Path, start: Callable[..., Job]) -> None:
-    job = start(*FAULTS)
-    for case in FAULTS:
-        job.wait_for_more_checkpoints(case)
-        job.kill_worker()
-        job.wait_for_more_checkpoints(case)
-        job.ask("lose")
-        job.ask("grow")
-        job.wait_for_more_checkpoints(case)
-        job.kill_driver()
-        job.start()
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=() if case["name"] == "stage2" else pytest.mark.thorough) for case in FAULTS],
+    ids=[case["name"] for case in FAULTS],
+)
+def test_a_killed_worker_node_and_driver_leave_no_trace(
+    case: dict[str, Any], undisturbed: Path, start: Callable[..., Job]
+) -> None:
+    job = start(case)
+    job.wait_for_more_checkpoints(case)
+    job.kill_worker()
+    job.wait_for_more_checkpoints(case)
+    job.ask("lose")
+    job.ask("grow")
+    job.wait_for_more_checkpoints(case)
+    job.kill_driver()
+    job.start()
     job.finish()
-    for case in FAULTS:
-        (expected,) = told(undisturbed, case)
-        assert sorted(expected) == list(range(1, case["steps"] + 1))
-        drivers = [losses for losses in told(job.root, case) if losses]
-        assert drivers
-        for losses in drivers:  # the same bits
-            assert losses == {step: expected[step] for step in losses}
-        # A killed one may have told nothing yet; the last one went on from a checkpoint.
-        assert sorted(drivers[-1]) == list(range(min(drivers[-1]), case["steps"] + 1))
-        assert min(drivers[-1]) > 1
-        assert figures(job.root, case) == figures(undisturbed, case), "a sample was skipped or counted twice"
-        assert weights(job.root, case) == weights(undisturbed, case) != {}
-        assert not list(job.root.glob("*/steps/*/attempts"))
-    (model,) = job.root.glob("stage2/steps/finetune-*/model")
-    assert load_assistant(model).settings.conversation.template == "v1"
+    (expected,) = told(undisturbed, case)
+    assert sorted(expected) == list(range(1, case["steps"] + 1))
+    first, second = told(job.root, case)
+    for losses in (first, second):  # the same bits
+        assert losses == {step: expected[step] for step in losses}
+    # What the killed driver had not yet told of the steps before the checkpoint is all that may be missing.
+    assert min(second) > 1
+    assert sorted(second) == list(range(min(second), case["steps"] + 1))
+    assert figures(job.root, case) == figures(undisturbed, case), "a sample was skipped or counted twice"
+    assert weights(job.root, case) == weights(undisturbed, case) != {}
+    assert not list(job.root.glob("*/steps/*/attempts"))
+    if case["stage"] == "finetune":
+        (model,) = job.root.glob("*/steps/finetune-*/model")
+        assert load_assistant(model).settings.conversation.template == "v1"
 
 
 def test_training_shrinks_and_grows_with_the_cluster(undisturbed: Path, start: Callable[..., Job]) -> None:
@@ -182,15 +199,19 @@ def test_training_shrinks_and_grows_with_the_cluster(undisturbed: Path, start: C
     job.ask("grow")
     job.wait_for(lambda: saved_by(2))
     job.finish()
-    (losses,), (expected,) = told(job.root, ELASTIC), told(undisturbed, ELASTIC)
+    ((losses,), (expected,)) = told(job.root, ELASTIC), told(undisturbed, ELASTIC)
     assert losses == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_notice_of_preemption_saves_at_once(start: Callable[..., Job]) -> None:
-    case = {**STAGES[1], "workers": 2, "steps": 4000}
+def test_a_notice_of_preemption_and_a_signal_to_the_driver_save_at_once(start: Callable[..., Job]) -> None:
+    case = {**STAGES[1], "workers": 2, "steps": 4000, "in_main_thread": True}
     case["settings"] = {"zero": 3, "checkpoint_every": 100_000}
     job = start(case)
     job.wait_for(lambda: any(told(job.root, case)))
     assert not job.checkpoints(case)
     job.ask("drain")
     job.wait_for(lambda: job.checkpoints(case))
+    assert job.interrupt() != 0
+    stopped, noticed = job.checkpoints(case)
+    assert stopped.step > noticed.step
+    assert stopped.step >= max(told(job.root, case)[0])

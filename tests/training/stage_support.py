@@ -42,6 +42,7 @@ class RecordingTracker:
 def tiny_recipe(workers: int = 1, **stage: Any) -> Recipe:
     """A recipe over the inputs of `finished_inputs`."""
     common = {
+        "lr": 1e-2,
         "epochs": 1,
         "batch_size": 8,
         "micro_batch_size": 4,
@@ -53,8 +54,8 @@ def tiny_recipe(workers: int = 1, **stage: Any) -> Recipe:
         name="test",
         vision=Vision(path="vision", image_size=SIDE),
         conversation=Conversation(template="v1", pretrain_template="plain", system="", max_tokens=64),
-        pretrain=Stage(train="projector", lr=1e-2, **common),
-        finetune=Stage(train="all", lr=1e-2, lora=lora, **common),
+        pretrain=Stage(train="projector", **common),
+        finetune=Stage(train="all", lora=lora, **common),
         scaling=Scaling(workers=workers, cpus_per_worker=1, max_failures=1),
     )
 
