@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-from rayva.evaluation.report_style import CSS
+from rayva.evaluation.report_style import CSS, POLICY
 from rayva.progress import duration
 
 Row = Mapping[str, Any]
@@ -52,7 +52,7 @@ def render_report(report: GenerationReport) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(report.title)}</title><style>{CSS}</style></head><body><main>{body}</main></body></html>\n"
+        f"{POLICY}<title>{escape(report.title)}</title><style>{CSS}</style></head><body><main>{body}</main></body></html>\n"
     )
 
 
@@ -118,11 +118,12 @@ def _lengths(report: GenerationReport) -> str:
 def _histogram(values: Sequence[int]) -> str:
     """Counts of `values` in equal bins, as SVG."""
     top = max(values) + 1
-    counts = Counter(value * _BINS // top for value in values)
-    most = max(counts.values())
+    bins = min(_BINS, top)
+    counts = Counter(value * bins // top for value in values)
+    most, wide = max(counts.values()), _BINS * 12 / bins
     bars = "".join(
-        f"<rect x='{i * 12 + 1}' y='{100 - 90 * n / most:.1f}' width='10' height='{90 * n / most:.1f}' "
-        "fill='var(--accent)'/>"
+        f"<rect x='{i * wide + 1:.1f}' y='{100 - 90 * n / most:.1f}' width='{wide - 2:.1f}' "
+        f"height='{90 * n / most:.1f}' fill='var(--accent)'/>"
         for i, n in sorted(counts.items())
     )
     return (
