@@ -6,14 +6,16 @@ images, ids that are missing or repeated. Rows that cannot be used are quarantin
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
+from rayva.data.answer_match import Match, find_part, how_to_grade
 from rayva.data.bundle import DatasetBundle, Lazy
 from rayva.data.json_rows import read_json_rows
-from rayva.data.locations import ImageFolder, absolute, parent
+from rayva.data.locations import ImageFolder, parent
 from rayva.data.quarantine import BadRow, checked_text, rejected
 from rayva.data.schema import (
     IMAGE_PLACEHOLDER,
@@ -28,9 +30,6 @@ from rayva.data.schema import (
 from rayva.data.splits import UniqueIds, held_out
 from rayva.errors import RecipeError
 from rayva.recipes.schema import Data
-
-SHORT_ANSWER_WORDS = 5
-"""Longer answers cannot be graded by comparing words, so they make no questions for the gate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +95,8 @@ def build(data: Data) -> DatasetBundle:
 
     Images are split by the hash of their name, so that a picture that both files use is on the same
     side. Held-out pictures are not trained on; rows of the stage-2 file about one such picture whose
-    first answer is at most five words long become questions (task "grounding").
+    first answer can be graded become questions (task "grounding"). With `data.held_out_json` the
+    pictures of that file are held out instead, and its rows are the questions.
 
     Raises:
         RecipeError: a file is not named in the recipe.
@@ -109,12 +109,15 @@ def build(data: Data) -> DatasetBundle:
                 f"set data.{setting}=PATH (a LLaVA JSON file or JSON Lines; both stages may use one file)",
             )
     rejects: list[Rejected] = []
-    pretrain, finetune = _File("pretrain", data), _File("finetune", data)
+    held_out_file = _File("held_out", data) if data.held_out_json else None
+    pretrain, finetune = (_File(stage, data, held_out_file) for stage in ("pretrain", "finetune"))
+    # Rows of the stage-2 file are told of when it is read as samples.
+    asked, asked_rejects = (held_out_file, rejects) if held_out_file else (finetune, [])
     return DatasetBundle(
-        images=Lazy(lambda: _images(pretrain, finetune)),
+        images=Lazy(lambda: _images((pretrain, finetune), asked)),
         pretrain=Lazy(lambda: (row.sample for row in pretrain.rows(rejects) if row.split == "train")),
         finetune=Lazy(lambda: (row.sample for row in finetune.rows(rejects) if row.split == "train")),
-        questions=Lazy(lambda: _questions(finetune)),
+        questions=Lazy(lambda: _questions(asked, asked_rejects)),
         rejected=rejects,
     )
 
@@ -126,41 +129,62 @@ class _Located:
     sample: Sample
     uris: tuple[str, ...]
     split: Split
+    match: Match | None
+    """How the first answer is graded; None where that takes a judge."""
+    kind: str | None
+    """The row's own name for the kind of its question."""
 
 
 class _File:
-    """The LLaVA JSON of one stage with its image folder."""
+    """One LLaVA JSON of the recipe with its image folder.
 
-    def __init__(self, stage: Literal["pretrain", "finetune"], data: Data) -> None:
-        files = {"pretrain": data.pretrain_json, "finetune": data.finetune_json}
-        folders = {"pretrain": data.pretrain_images, "finetune": data.finetune_images}
-        self.setting = f"data.{stage}_json"
-        self.uri = str(files[stage])
-        self._folder = ImageFolder(folders[stage] or parent(self.uri))
+    Args:
+        held_out: the file whose images are not for training; without one, a hash of names decides.
+    """
+
+    def __init__(
+        self, part: Literal["pretrain", "finetune", "held_out"], data: Data, held_out: _File | None = None
+    ) -> None:
+        self._part = part
+        self.uri, self._folder = _location(part, data)
+        self._held_out = held_out
         self._test_fraction = data.test_fraction
-        # Two folders may use one name for two pictures: then stage 1's get ids of their own.
-        roots = {absolute(folders[s] or parent(str(files[s]))) for s in files}
-        self._prefix = "pretrain://" if stage == "pretrain" and len(roots) > 1 else ""
+        # Two folders may use one name for two pictures: only those of stage 2 have it as their id.
+        same = self._folder.root == _location("finetune", data)[1].root
+        self._prefix = "" if same else f"{part}://"
 
     def rows(self, rejects: list[Rejected]) -> Iterator[_Located]:
         """The usable rows; the others are added to `rejects`."""
         ids = UniqueIds()
-        for row in read_json_rows(self.uri, self.setting):
+        for row in read_json_rows(self.uri, f"data.{self._part}_json"):
             name = f"row-{row.index}"
             try:
                 if row.error:
                     raise BadRow("not_json", row.error)
                 parsed = parse_row(row.value)
                 name = ids.claim(parsed.row_id or name)
-                yield self._locate(name, parsed)
+                said = row.value if self._part == "held_out" else {}
+                yield self._locate(name, parsed, _grading(said.get("match"), parsed), _kind(said))
             except BadRow as error:
                 rejects.append(rejected(self.uri, name, error))
 
-    def _locate(self, sample_id: str, row: LlavaRow) -> _Located:
+    def _locate(self, sample_id: str, row: LlavaRow, match: Match | None, kind: str | None) -> _Located:
         uris = tuple(self._folder.resolve(image) for image in row.images)
-        test = any(held_out(_normal(image), self._test_fraction) for image in row.images)
         image_ids = tuple(self._image_id(image) for image in row.images)
-        return _Located(Sample(sample_id, image_ids, row.turns), uris, "test" if test else "train")
+        split: Split = "test" if self._is_held_out(row.images, uris) else "train"
+        return _Located(Sample(sample_id, image_ids, row.turns), uris, split, match, kind)
+
+    def _is_held_out(self, images: Sequence[str], uris: Sequence[str]) -> bool:
+        if self._part == "held_out":
+            return True
+        if self._held_out is not None:
+            return not self._held_out.image_uris.isdisjoint(uris)
+        return any(held_out(_normal(image), self._test_fraction) for image in images)
+
+    @functools.cached_property
+    def image_uris(self) -> frozenset[str]:
+        """All images of the file, whether or not anything is asked about them."""
+        return frozenset(uri for row in self.rows([]) for uri in row.uris)
 
     def _image_id(self, name: str) -> str:
         return name if "://" in name or os.path.isabs(name) else self._prefix + _normal(name)
@@ -170,12 +194,40 @@ def _normal(name: str) -> str:
     return name.removeprefix("./")
 
 
-def _images(*files: _File) -> Iterator[ImageRecord]:
+def _location(part: str, data: Data) -> tuple[str, ImageFolder]:
+    """A file, and where its images are: in the folder named for them, or beside it."""
+    uri = str(getattr(data, f"{part}_json"))
+    return uri, ImageFolder(getattr(data, f"{part}_images") or parent(uri))
+
+
+def _grading(said: object, row: LlavaRow) -> Match | None:
+    """How the row's first answer is graded: as the row itself says (`match`), or as a rule finds.
+
+    Raises:
+        BadRow: "bad_match" where the row names no way of grading, or one that its answer does not allow.
+    """
+    first = _first_question(row.turns)
+    answer = row.turns[first + 1].text.strip()
+    if said is None:
+        return how_to_grade(_asked(row.turns[first]), answer)
+    if said not in get_args(Match):
+        raise BadRow("bad_match", f"`match` is {said!r}, not one of {', '.join(get_args(Match))}")
+    if not answer or (said != "text" and find_part(str(said), answer) is None):
+        raise BadRow("bad_match", f"{answer!r} has nothing to be graded by as {said}")
+    return cast(Match, said)
+
+
+def _kind(said: dict[str, object]) -> str | None:
+    kind = said.get("kind")
+    return checked_text(kind) if isinstance(kind, str) and kind else None
+
+
+def _images(trained: Sequence[_File], asked: _File) -> Iterator[ImageRecord]:
     """Every image that a training sample or a question uses, once."""
     seen: set[str] = set()
-    for file in files:
+    for file in dict.fromkeys((*trained, asked)):
         for row in file.rows([]):
-            if row.split == "test" and (file.setting != "data.finetune_json" or _question(row) is None):
+            if row.split == "test" and (file is not asked or _question(row) is None):
                 continue
             for image_id, uri in zip(row.sample.image_ids, row.uris, strict=True):
                 if image_id not in seen:
@@ -183,30 +235,34 @@ def _images(*files: _File) -> Iterator[ImageRecord]:
                     yield ImageRecord(image_id, row.split, uri=uri)
 
 
-def _questions(file: _File) -> Iterator[Question]:
-    for row in file.rows([]):
+def _questions(file: _File, rejects: list[Rejected]) -> Iterator[Question]:
+    for row in file.rows(rejects):
         if row.split == "test" and (question := _question(row)):
             yield question
 
 
 def _question(row: _Located) -> Question | None:
-    """The row's first exchange as a question, where it is about one image and has a short answer.
+    """The row's first exchange as a question, where it is about one image and can be graded.
 
     Later exchanges may lean on earlier ones, so they are not asked on their own.
     """
     first = _first_question(row.sample.turns)
-    asked, answer = row.sample.turns[first].text, row.sample.turns[first + 1].text.strip()
-    text = asked.replace(IMAGE_PLACEHOLDER, "").strip()
-    if len(row.uris) != 1 or not text or not 1 <= len(answer.split()) <= SHORT_ANSWER_WORDS:
+    text, answer = _asked(row.sample.turns[first]), row.sample.turns[first + 1].text.strip()
+    if len(row.uris) != 1 or not text or row.match is None:
         return None
     return Question(
         question_id=row.sample.sample_id,
         image_id=row.sample.image_ids[0],
         task="grounding",
-        kind=_answer_kind(answer),
+        kind=row.kind or (_answer_kind(answer) if row.match == "text" else row.match),
         question=text,
         accepted=(answer,),
+        match=row.match,
     )
+
+
+def _asked(turn: Turn) -> str:
+    return turn.text.replace(IMAGE_PLACEHOLDER, "").strip()
 
 
 def _answer_kind(answer: str) -> str:

@@ -93,6 +93,9 @@ class Data(Config):
     finetune_json: str | None = None
     """LLaVA JSON of stage 2."""
     finetune_images: str | None = None
+    held_out_json: str | None = None
+    """LLaVA JSON of the gate's questions, instead of a share of the images. Its images are not trained on."""
+    held_out_images: str | None = None
     captions: str | None = None
     """`captions` source: a Parquet table, or a folder with captions.{jsonl,csv,parquet} or *.txt."""
     emoji_dir: str | None = None
