@@ -10,7 +10,7 @@ from rayva.evaluation.bootstrap import Estimate
 from rayva.evaluation.comparison import Comparison, Example, Figure, RunRecord, shown
 from rayva.evaluation.gallery import data_uri, thumbnail
 from rayva.evaluation.records import picture_bytes
-from rayva.evaluation.report_style import CSS, POLICY
+from rayva.evaluation.report_style import CSS
 from rayva.vision.decode import BadImage, decode_image
 from rayva.vision.source import read_image_bytes
 
@@ -38,7 +38,7 @@ def render(comparison: Comparison, pictures: Mapping[str, str]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"{POLICY}<title>Rayva: {escape(title)}</title><style>{CSS}</style></head>\n<body><main>"
+        f"<title>Rayva: {escape(title)}</title><style>{CSS}</style></head>\n<body><main>"
         f"<h1>{escape(title)}</h1>{_runs(comparison)}{sections or '<p>No task is in every run.</p>'}"
         "</main></body></html>\n"
     )

@@ -1,11 +1,5 @@
 """The report's style sheet: light and dark, wide and narrow, no outside assets."""
 
-POLICY = (
-    '<meta http-equiv="Content-Security-Policy" '
-    "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
-)
-"""Beside the escaping: a page that holds foreign words runs no script and asks no server for anything."""
-
 CSS = """
 :root { color-scheme: light dark; --bg: #fbfbfa; --card: #fff; --ink: #1d1f23; --soft: #676c75;
   --line: #e4e4e1; --accent: #2457a6; --raw: #b9cbe8; --good: #14803c; --bad: #b42318;

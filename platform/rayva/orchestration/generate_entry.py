@@ -125,8 +125,8 @@ def _run(options: argparse.Namespace) -> int:
             raise
         raise known from error
     _show(plan, summary)
-    if summary["unfinished"] and plan.settings.teacher == "batch":
-        for uri in write_batch_files(plan):
+    if plan.settings.teacher == "batch" and not summary.get("finished_before"):
+        for uri in write_batch_files(plan):  # none, and the old ones go, where all is answered
             _tell(f"To be given to the batch API: {uri}")
     return UNFINISHED if summary["unfinished"] else 0
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-from rayva.evaluation.report_style import CSS, POLICY
+from rayva.evaluation.report_style import CSS
 from rayva.progress import duration
 
 Row = Mapping[str, Any]
@@ -52,7 +52,7 @@ def render_report(report: GenerationReport) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"{POLICY}<title>{escape(report.title)}</title><style>{CSS}</style></head><body><main>{body}</main></body></html>\n"
+        f"<title>{escape(report.title)}</title><style>{CSS}</style></head><body><main>{body}</main></body></html>\n"
     )
 
 
