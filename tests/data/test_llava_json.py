@@ -337,3 +337,77 @@ def test_a_file_that_is_not_named_or_not_there_is_a_clear_error(tmp_path):
     bundle = build(Data(pretrain_json=str(tmp_path / "a.json"), finetune_json=str(tmp_path / "b.json")))
     with pytest.raises(DataError, match=r"a\.json cannot be read"):
         list(bundle.pretrain)
+
+
+def held_out_data(tmp_path, finetune, asked, images, **more):
+    data = recipe_data(tmp_path, finetune, finetune, images, **more)
+    (tmp_path / "test").mkdir(exist_ok=True)
+    path = write(tmp_path / "test" / "held_out.json", asked)
+    return data.model_copy(update={"held_out_json": path, "held_out_images": data.finetune_images})
+
+
+def test_a_file_of_questions_takes_the_place_of_a_share_of_the_images(tmp_path):
+    names = [f"{n}.png" for n in range(40)]
+    rows = [chat("<image>\nWhat?", "A long answer that no rule can compare.", image=n) for n in names]
+    asked = [
+        chat("<image>\nWhat colour is it?", "Red.", image="3.png", id="short", kind="colour"),
+        chat("<image>\nHow many are there?", "There are two of them in there.", image="./4.png", id="count"),
+        chat("<image>\nWhy?", "Because of many things, as they say.", image="5.png", id="free"),
+        {
+            **chat("<image>\nWhere is it?", "It is in the upper left.", image="6.png", id="said"),
+            "match": "text",
+        },
+        {**chat("<image>\nWhere is it?", "Left.", image="7.png", id="odd"), "match": "magic"},
+        {**chat("<image>\nHow many?", "A few.", image="8.png", id="none"), "match": "number"},
+        chat("<image>\nWhat?", "Red.", image="gone.png", id="gone"),
+    ]
+    bundle = build(held_out_data(tmp_path, rows, asked, names, test_fraction=0.5))
+    held = {"3.png", "4.png", "5.png", "6.png"}
+    for samples in (bundle.pretrain, bundle.finetune):
+        assert {i for s in samples for i in s.image_ids} == set(names) - held
+    assert [(q.question_id, q.match, q.kind) for q in bundle.questions] == [
+        ("short", "text", "colour"),
+        ("count", "number", "number"),
+        ("said", "text", "other"),
+    ]
+    assert {i.image_id for i in bundle.images if i.split == "test"} == {"3.png", "4.png", "6.png"}
+    assert [(r.row_id, r.reason) for r in bundle.rejected] == [
+        ("odd", "bad_match"),
+        ("none", "bad_match"),
+        ("gone", "missing_image"),
+    ]
+
+
+def test_held_out_images_of_another_folder_keep_apart(tmp_path):
+    data = recipe_data(tmp_path, [], [chat("<image>\nq", "Train.", image="a.png")], ["a.png"])
+    (tmp_path / "a.png").write_bytes(b"another picture")
+    path = write(tmp_path / "held_out.json", [chat("<image>\nq", "Test.", image="a.png")])
+    bundle = build(data.model_copy(update={"held_out_json": path}))
+    assert [s.turns[1].text for s in bundle.finetune] == ["Train."]
+    (question,) = bundle.questions
+    pictures = {i.image_id: (i.split, Path(i.uri).read_bytes()) for i in bundle.images}
+    assert pictures["a.png"] == ("train", b"picture")
+    assert pictures[question.image_id] == ("test", b"another picture")
+
+
+def test_the_word_match_in_other_files_is_only_another_field(tmp_path):
+    rows = [{**chat("<image>\nq", "Red.", image="a.png"), "match": "magic"}]
+    bundle = build(recipe_data(tmp_path, rows, rows, ["a.png"], test_fraction=0.999999))
+    assert [q.match for q in bundle.questions] == ["text"]
+    assert bundle.rejected == []
+
+
+def test_long_answers_make_questions_where_a_rule_finds_what_counts(tmp_path):
+    rows = [
+        chat("<image>\nHow many pizzas are there?", "There are three pizzas in the image.", image="0.png"),
+        chat("<image>\nIs the boy wearing a helmet?", "Yes, the boy is wearing a helmet.", image="1.png"),
+        chat("<image>\nWhat color is the dog?", "The dog in the image is black.", image="2.png"),
+        chat("<image>\nWhat is the dog doing?", "The dog in the image is running.", image="3.png"),
+    ]
+    images = [f"{n}.png" for n in range(4)]
+    bundle = build(recipe_data(tmp_path, rows, rows, images, test_fraction=0.999999))
+    assert [(q.image_id, q.match) for q in bundle.questions] == [
+        ("0.png", "number"),
+        ("1.png", "yes_no"),
+        ("2.png", "color"),
+    ]

@@ -9,6 +9,8 @@ from rayva.data import scenes
 from rayva.data.places import PHRASES, place_name
 from rayva.data.schema import IMAGE_PLACEHOLDER, ImageRecord, Instance
 from rayva.instruct import scene_data, symbolic
+from rayva.instruct.contexts import Context
+from rayva.instruct.tasks import KINDS as INSTRUCT_KINDS
 from rayva.recipes.schema import Data
 
 KINDS: tuple[symbolic.ResponseType, ...] = ("conversation", "detail", "complex")
@@ -95,3 +97,24 @@ def test_the_dataset_trains_on_training_scenes_and_asks_about_test_scenes() -> N
     ids = [sample.sample_id for sample in bundle.finetune]
     assert len(ids) == len(set(ids))
     assert list(bundle.finetune) == list(scene_data.build(data).finetune)
+
+
+def _grouped(*categories: str) -> Context:
+    boxes = tuple(Instance(name, (0.1 * n, 0.1, 0.1 * n + 0.05, 0.2)) for n, name in enumerate(categories, 1))
+    return Context("c", "c.jpg", ("A scene.",), boxes)
+
+
+def test_one_thing_is_not_spoken_of_in_the_plural() -> None:
+    alone = _grouped("red circle")
+    said = {symbolic.symbolic_answer(kind, alone, seed) for kind in INSTRUCT_KINDS for seed in range(40)}
+    assert any("There is one object now" in text for text in said)
+    assert not any(re.search(r"There (?:are one|is (?:two|three))|\bone \w+s\b", text) for text in said)
+
+
+def test_things_alike_are_told_at_once_in_their_plural() -> None:
+    text = symbolic.symbolic_answer("detail", _grouped("person", "person", "knife"), 0)
+    assert "two small people in the top left" in text
+    assert text.startswith("There are three objects: ")
+    text = symbolic.symbolic_answer("conversation", _grouped("scissors"), 4)
+    assert "There is one pair of scissors." in text
+    assert "Where is the pair of scissors?" in text

@@ -66,7 +66,7 @@ class Teacher:
             assert request.transport is not None
             request.transport.close()
             return response
-        text = self.text(body, number)
+        text = in_format(body, number)
         if fault == "garbage":
             text = "lorem ipsum"
         if fault == "refusal":
@@ -75,26 +75,28 @@ class Teacher:
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
         return web.json_response({"model": body["model"], "choices": [choice], "usage": usage})
 
-    def text(self, body: dict[str, Any], number: int) -> str:
-        question = body["messages"][-1]["content"]
-        subject = question.splitlines()[0] if isinstance(question, str) else "it"
-        examples = [m["content"] for m in body["messages"] if m["role"] == "assistant"]
-        if not examples:
-            return f"echo {subject}"
-        if examples[0].count("Question:") > 1:
-            return (
-                f"Question:\nWhat can be seen in scene {number}?\n===\nAnswer:\n{subject}\n===\n"
-                f"Question:\nWhat else is going on there?\n===\nAnswer:\nIt is a calm place, {number}."
-            )
-        if "Question:" in examples[0]:
-            return (
-                f"Question:\nWhy could the moment {number} matter to somebody?\n===\nAnswer:\n"
-                f"Someone may remember it for a long while, since {subject} That says a lot about the day."
-            )
-        return f"The picture, number {number}, is a scene of its own. {subject} The light is soft and even."
-
     async def stats(self, _: web.Request) -> web.Response:
         return web.json_response({"calls": self.calls, "busy": self.busy, "seconds": self.last - self.first})
+
+
+def in_format(body: dict[str, Any], number: int) -> str:
+    """An answer in the format that the prompt's examples show; `number` tells answers apart."""
+    question = body["messages"][-1]["content"]
+    subject = question.splitlines()[0] if isinstance(question, str) else "it"
+    examples = [m["content"] for m in body["messages"] if m["role"] == "assistant"]
+    if not examples:
+        return f"echo {subject}"
+    if examples[0].count("Question:") > 1:
+        return (
+            f"Question:\nWhat can be seen in scene {number}?\n===\nAnswer:\n{subject}\n===\n"
+            f"Question:\nWhat else is going on there?\n===\nAnswer:\nIt is a calm place, {number}."
+        )
+    if "Question:" in examples[0]:
+        return (
+            f"Question:\nWhy could the moment {number} matter to somebody?\n===\nAnswer:\n"
+            f"Someone may remember it for a long while, since {subject} That says a lot about the day."
+        )
+    return f"The picture, number {number}, is a scene of its own. {subject} The light is soft and even."
 
 
 async def main() -> None:

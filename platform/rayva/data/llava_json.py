@@ -6,12 +6,14 @@ images, ids that are missing or repeated. Rows that cannot be used are quarantin
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import cast
+from typing import Literal, cast, get_args
 
+from rayva.data.answer_match import Match, find_part, how_to_grade
 from rayva.data.bundle import DatasetBundle, Lazy
 from rayva.data.json_rows import read_json_rows
 from rayva.data.locations import ImageFolder, absolute, parent
@@ -30,8 +32,8 @@ from rayva.data.splits import UniqueIds, held_out
 from rayva.errors import RecipeError
 from rayva.recipes.schema import Data
 
-SHORT_ANSWER_WORDS = 5
-"""Longer answers cannot be graded by comparing words, so they make no questions for the gate."""
+StageName = Literal["pretrain", "finetune"]
+STAGES: tuple[StageName, ...] = ("pretrain", "finetune")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,8 @@ def build(data: Data) -> DatasetBundle:
 
     Images are split by the hash of their name, so that a picture that both files use is on the same
     side. Held-out pictures are not trained on; rows of the stage-2 file about one such picture whose
-    first answer is at most five words long become questions (task "grounding").
+    first answer can be graded become questions (task "grounding"). With `data.held_out_json` the
+    pictures of that file are held out instead, and its rows are the questions.
 
     Raises:
         RecipeError: a file is not named in the recipe.
@@ -110,22 +113,49 @@ def build(data: Data) -> DatasetBundle:
                 f"set data.{setting}=PATH (a LLaVA JSON file or JSON Lines; both stages may use one file)",
             )
     rejects: list[Rejected] = []
-    pretrain_root = data.pretrain_images or parent(str(data.pretrain_json))
-    finetune_root = data.finetune_images or parent(str(data.finetune_json))
-    # Two folders may use one name for two pictures: then stage 1's get ids of their own.
-    prefix = "pretrain://" if absolute(pretrain_root) != absolute(finetune_root) else ""
-    pretrain = LlavaFile(
-        "data.pretrain_json", str(data.pretrain_json), pretrain_root, data.test_fraction, image_prefix=prefix
-    )
-    finetune = LlavaFile(
-        "data.finetune_json", str(data.finetune_json), finetune_root, data.test_fraction, asks=True
-    )
+    held_out_file = held_out_questions(data) if data.held_out_json else None
+    pretrain, finetune = (_of_stage(stage, data, held_out_file) for stage in STAGES)
+    # Rows of the stage-2 file are told of when it is read as samples.
+    asked, asked_rejects = (held_out_file, rejects) if held_out_file else (finetune, [])
+    files = dict.fromkeys((pretrain, finetune, asked))
     return DatasetBundle(
-        images=Lazy(lambda: distinct(chain(pretrain.images(), finetune.images()))),
+        images=Lazy(lambda: distinct(chain.from_iterable(file.images() for file in files))),
         pretrain=Lazy(lambda: pretrain.samples(rejects)),
         finetune=Lazy(lambda: finetune.samples(rejects)),
-        questions=Lazy(finetune.questions),
+        questions=Lazy(lambda: asked.questions(asked_rejects)),
         rejected=rejects,
+    )
+
+
+def held_out_questions(data: Data, image_prefix: str | None = None) -> LlavaFile:
+    """The file of `data.held_out_json`, whose images are for questions alone."""
+    uri, root = location(data, "held_out")
+    prefix = _prefix(data, "held_out") if image_prefix is None else image_prefix
+    return LlavaFile("data.held_out_json", uri, root, asks=True, all_held_out=True, image_prefix=prefix)
+
+
+def location(data: Data, part: Literal["pretrain", "finetune", "held_out"]) -> tuple[str, str]:
+    """A file of the recipe, and where its images are: in the folder named for them, or beside it."""
+    uri = str(getattr(data, f"{part}_json"))
+    return uri, getattr(data, f"{part}_images") or parent(uri)
+
+
+def _prefix(data: Data, part: Literal["pretrain", "finetune", "held_out"]) -> str:
+    """Two folders may use one name for two pictures: only those of stage 2 have it as their id."""
+    same = absolute(location(data, part)[1]) == absolute(location(data, "finetune")[1])
+    return "" if same else f"{part}://"
+
+
+def _of_stage(stage: StageName, data: Data, held_out_file: LlavaFile | None) -> LlavaFile:
+    uri, root = location(data, stage)
+    return LlavaFile(
+        f"data.{stage}_json",
+        uri,
+        root,
+        test_fraction=data.test_fraction,
+        asks=stage == "finetune" and held_out_file is None,
+        image_prefix=_prefix(data, stage),
+        held_out=held_out_file,
     )
 
 
@@ -136,9 +166,13 @@ class _Located:
     sample: Sample
     uris: tuple[str, ...]
     split: Split
+    match: Match | None
+    """How the first answer is graded; None where that takes a judge."""
+    kind: str | None
+    """The row's own name for the kind of its question."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LlavaFile:
     """One LLaVA JSON with its image folder; rows that cannot be used are left out of everything."""
 
@@ -147,12 +181,16 @@ class LlavaFile:
     uri: str
     root: str
     """Its image folder."""
-    test_fraction: float
+    test_fraction: float = 0.0
     asks: bool = False
     """Whether its held-out rows become questions."""
     image_prefix: str = ""
     dataset: str = ""
     """Its name in a mix, which then stands before the samples' ids."""
+    held_out: LlavaFile | None = None
+    """The file whose images are not for training; without one, a hash of names decides."""
+    all_held_out: bool = False
+    """Every row is a question, and may say how it is graded and of what kind it is."""
 
     def samples(self, rejects: list[Rejected]) -> Iterator[Sample]:
         """What is trained on; refused rows are added to `rejects`."""
@@ -166,11 +204,16 @@ class LlavaFile:
             for image_id, uri in zip(row.sample.image_ids, row.uris, strict=True):
                 yield ImageRecord(image_id, row.split, uri=uri)
 
-    def questions(self) -> Iterator[Question]:
-        """Held-out rows with a short answer; none unless it `asks`."""
-        for row in self._rows([]) if self.asks else ():
+    def questions(self, rejects: list[Rejected]) -> Iterator[Question]:
+        """Held-out rows that can be graded; none unless it `asks`. Refused rows are added to `rejects`."""
+        for row in self._rows(rejects) if self.asks else ():
             if row.split == "test" and (question := _question(row)):
                 yield question
+
+    @functools.cached_property
+    def image_uris(self) -> frozenset[str]:
+        """All images of the file, whether or not anything is asked about them."""
+        return frozenset(uri for row in self._rows([]) for uri in row.uris)
 
     def _rows(self, rejects: list[Rejected]) -> Iterator[_Located]:
         ids, folder = UniqueIds(), ImageFolder(self.root)
@@ -181,17 +224,27 @@ class LlavaFile:
                     raise BadRow("not_json", row.error)
                 parsed = parse_row(row.value)
                 name = ids.claim(parsed.row_id or name)
-                yield self._locate(name, parsed, folder)
+                said = row.value if self.all_held_out else {}
+                yield self._locate(name, parsed, folder, _grading(said.get("match"), parsed), _kind(said))
             except BadRow as error:
                 rejects.append(rejected(self.uri, name, error))
 
-    def _locate(self, name: str, row: LlavaRow, folder: ImageFolder) -> _Located:
+    def _locate(
+        self, name: str, row: LlavaRow, folder: ImageFolder, match: Match | None, kind: str | None
+    ) -> _Located:
         uris = tuple(folder.resolve(image) for image in row.images)
-        test = any(held_out(_normal(image), self.test_fraction) for image in row.images)
         image_ids = tuple(self._image_id(image) for image in row.images)
         sample_id = f"{self.dataset}/{name}" if self.dataset else name
         sample = Sample(sample_id, image_ids, row.turns, dataset=self.dataset)
-        return _Located(sample, uris, "test" if test else "train")
+        split: Split = "test" if self._is_held_out(row.images, uris) else "train"
+        return _Located(sample, uris, split, match, kind)
+
+    def _is_held_out(self, images: Sequence[str], uris: Sequence[str]) -> bool:
+        if self.all_held_out:
+            return True
+        if self.held_out is not None:
+            return not self.held_out.image_uris.isdisjoint(uris)
+        return any(held_out(_normal(image), self.test_fraction) for image in images)
 
     def _image_id(self, name: str) -> str:
         return name if "://" in name or os.path.isabs(name) else self.image_prefix + _normal(name)
@@ -210,24 +263,50 @@ def _normal(name: str) -> str:
     return name.removeprefix("./")
 
 
+def _grading(said: object, row: LlavaRow) -> Match | None:
+    """How the row's first answer is graded: as the row itself says (`match`), or as a rule finds.
+
+    Raises:
+        BadRow: "bad_match" where the row names no way of grading, or one that its answer does not allow.
+    """
+    first = _first_question(row.turns)
+    answer = row.turns[first + 1].text.strip()
+    if said is None:
+        return how_to_grade(_asked(row.turns[first]), answer)
+    if said not in get_args(Match):
+        raise BadRow("bad_match", f"`match` is {said!r}, not one of {', '.join(get_args(Match))}")
+    if not answer or (said != "text" and find_part(str(said), answer) is None):
+        raise BadRow("bad_match", f"{answer!r} has nothing to be graded by as {said}")
+    return cast(Match, said)
+
+
+def _kind(said: dict[str, object]) -> str | None:
+    kind = said.get("kind")
+    return checked_text(kind) if isinstance(kind, str) and kind else None
+
+
 def _question(row: _Located) -> Question | None:
-    """The row's first exchange as a question, where it is about one image and has a short answer.
+    """The row's first exchange as a question, where it is about one image and can be graded.
 
     Later exchanges may lean on earlier ones, so they are not asked on their own.
     """
     first = _first_question(row.sample.turns)
-    asked, answer = row.sample.turns[first].text, row.sample.turns[first + 1].text.strip()
-    text = asked.replace(IMAGE_PLACEHOLDER, "").strip()
-    if len(row.uris) != 1 or not text or not 1 <= len(answer.split()) <= SHORT_ANSWER_WORDS:
+    text, answer = _asked(row.sample.turns[first]), row.sample.turns[first + 1].text.strip()
+    if len(row.uris) != 1 or not text or row.match is None:
         return None
     return Question(
         question_id=row.sample.sample_id,
         image_id=row.sample.image_ids[0],
         task="grounding",
-        kind=_answer_kind(answer),
+        kind=row.kind or (_answer_kind(answer) if row.match == "text" else row.match),
         question=text,
         accepted=(answer,),
+        match=row.match,
     )
+
+
+def _asked(turn: Turn) -> str:
+    return turn.text.replace(IMAGE_PLACEHOLDER, "").strip()
 
 
 def _answer_kind(answer: str) -> str:

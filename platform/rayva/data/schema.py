@@ -70,7 +70,8 @@ class Question:
     """One held-out question about one image, for the promotion gate.
 
     `task` groups questions for scoring ("grounding" is what the gate reads); `kind` is finer, for
-    breakdowns. An answer is right if, normalised, it equals one of `accepted`.
+    breakdowns. An answer is right if it equals one of `accepted` in what `match` says counts
+    (`rayva.data.answer_match`).
     """
 
     question_id: str
@@ -79,6 +80,7 @@ class Question:
     kind: str
     question: str
     accepted: tuple[str, ...]
+    match: str = "text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,7 @@ QUESTIONS = pa.schema(
         ("kind", pa.string()),
         ("question", pa.string()),
         ("accepted", pa.list_(pa.string())),
+        ("match", pa.string()),
     ]
 )
 REJECTED = pa.schema(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, fields
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -62,7 +63,7 @@ def read_records(storage: Storage, rel: str, kind: type[Record]) -> Iterator[Rec
     """
     try:
         with storage.open(rel, "rb") as file, pq.ParquetFile(file) as table:
-            if table.schema_arrow.names != _SCHEMAS[kind].names:
+            if not _is_table_of(kind, table.schema_arrow.names):
                 raise StorageError(
                     f"{storage.uri(rel)} is no table of {kind.__name__} records",
                     "run the data step again with an empty folder",
@@ -76,6 +77,13 @@ def read_records(storage: Storage, rel: str, kind: type[Record]) -> Iterator[Rec
         raise StorageError(
             f"{storage.uri(rel)} is damaged: {error}.", "delete its folder and run the data step again"
         ) from error
+
+
+def _is_table_of(kind: type, names: list[str]) -> bool:
+    """Whether a table has the columns of `kind`; the last ones may be missing where there is a default."""
+    needed = [f.name for f in fields(kind) if f.default is MISSING]
+    wanted: list[str] = _SCHEMAS[kind].names
+    return names == wanted[: len(names)] and set(needed) <= set(names)
 
 
 def count_records(storage: Storage, rel: str) -> int:

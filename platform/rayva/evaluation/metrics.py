@@ -36,7 +36,8 @@ class Answer:
 
     @property
     def correct(self) -> bool:
-        return is_right(self.text, self.ask.question.accepted)
+        question = self.ask.question
+        return is_right(self.text, question.accepted, question.match)
 
     def row(self) -> dict[str, Any]:
         """One row of `ANSWERS`."""

@@ -20,11 +20,14 @@ p { max-width: 46rem; margin: .5rem 0 1rem; }
 code, pre { font: .875rem/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .75rem 1rem;
   overflow-x: auto; }
+td pre { white-space: pre-wrap; margin: 0; min-width: 16rem; }
+h1, h2, h3, p, .bars, .card, td pre { overflow-wrap: anywhere; }
+td { overflow-wrap: break-word; }
 .verdict { border-radius: 12px; padding: 1rem 1.25rem; margin: 1.5rem 0; }
 .verdict strong { display: block; font-size: 1.125rem; }
 .verdict.yes { background: var(--good-bg); } .verdict.yes strong { color: var(--good); }
 .verdict.no { background: var(--bad-bg); } .verdict.no strong { color: var(--bad); }
-.bars { display: grid; grid-template-columns: minmax(8rem, max-content) 1fr max-content;
+.bars { display: grid; grid-template-columns: fit-content(45%) minmax(4rem, 1fr) max-content;
   gap: .6rem 1rem; align-items: center; }
 .bar { position: relative; height: 1.4rem; background: var(--track); border-radius: 6px; }
 .bar i { position: absolute; inset: 0 auto 0 0; border-radius: 6px; background: var(--accent); }
@@ -39,7 +42,7 @@ th, td { padding: .45rem .75rem .45rem 0; border-bottom: 1px solid var(--line); 
 th.num { text-align: right; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)); gap: 1.25rem; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 12px; padding: 1rem;
-  margin: 0; }
+  margin: 0; min-width: 0; }
 svg { width: 100%; height: auto; display: block; }
 svg text { fill: var(--soft); font-size: 12px; }
 .grid { stroke: var(--line); } polyline { fill: none; stroke-linejoin: round; }

@@ -83,13 +83,13 @@ def read_reviews(path: str, candidate: Literal[1, 2] = 2) -> list[Review]:
 def _review(row: dict[str, Any], where: str, candidate: int) -> Review:
     if "question_id" not in row:
         raise DataError(f"{where} has no question_id, so it is no review", _REMEDY)
-    given = next((name for name in ("tuple", "score") if name in row), None)
-    content = next((row[name] for name in ("content", "text") if name in row), "")
+    given = next((name for name in ("tuple", "score") if row.get(name) is not None), None)
+    content = next((row[name] for name in ("content", "text") if row.get(name) is not None), "")
     content = as_text(content, f"{where}: content")
     if given is not None:
         scores = _pair(row[given], f"{where}: {given}")
-    elif content and any(key.startswith("answer1") for key in row):
-        scores = parse_scores(content)
+    elif content and ("content" in row or any(key.startswith("answer1") for key in row)):
+        scores = parse_scores(content)  # a row with `text` alone may as well be an answer
     else:
         raise DataError(f"{where} has neither tuple nor score, so it is no review", _REMEDY)
     category = row.get("category")

@@ -6,6 +6,8 @@ import math
 import unicodedata
 from collections.abc import Iterable
 
+from rayva.data.answer_match import find_part
+
 _ARTICLES = {"a", "an", "the"}
 _Z_95 = 1.959963984540054
 """Standard normal quantile of a two-sided 95 % interval."""
@@ -22,10 +24,13 @@ def normalise(text: str) -> str:
     return " ".join(words) or " ".join(folded.split())
 
 
-def is_right(answer: str, accepted: Iterable[str]) -> bool:
-    """Whether `answer`, normalised, equals one of `accepted`. An empty answer never is."""
-    given = normalise(answer)
-    return given != "" and any(given == normalise(right) for right in accepted)
+def is_right(answer: str, accepted: Iterable[str], match: str = "text") -> bool:
+    """Whether `answer` equals one of `accepted` in what `match` says counts. An empty answer never does."""
+    if match == "text":
+        given = normalise(answer)
+        return given != "" and any(given == normalise(right) for right in accepted)
+    part = find_part(match, answer)
+    return part is not None and any(part == find_part(match, right) for right in accepted)
 
 
 def wilson(right: int, total: int) -> tuple[float, float]:

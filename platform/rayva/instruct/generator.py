@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from rayva.instruct.parse import Pair, Rejected, detail_question, parse
-from rayva.instruct.rules import Duplicates, check, is_refusal
+from rayva.instruct.rules import Duplicates, find_fault, is_refusal
 from rayva.instruct.tasks import Task
 from rayva.instruct.teachers import NotAnsweredYet, Teacher
 from rayva.llm.client import BudgetSpent
@@ -88,6 +88,6 @@ def judge(task: Task, answer: ChatAnswer, seed: int) -> tuple[tuple[Pair, ...], 
     if task.kind == "detail":
         question = detail_question(task.context.id, seed + task.repeat)
         pairs = [Pair(question, pair.answer) for pair in pairs]
-    if reason := check(task.kind, pairs, task.context):
-        return (), Attempt(answer, reason)
+    if fault := find_fault(task.kind, pairs, task.context):
+        return (), Attempt(answer, *fault)
     return tuple(pairs), Attempt(answer)

@@ -29,6 +29,14 @@ _LABEL_INSIDE = re.compile(
 )
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffd]")
 _IMAGE = re.compile(r"<\s*image\s*>", re.IGNORECASE)
+_FENCE = re.compile(r"\A```\w*\n(.*)\n```\Z", re.DOTALL)
+# What no sentence ends with.
+_OPEN_END = re.compile(
+    r"(?:[,;(\-\u2013\u2014]|\b(?:a|an|the|of|and|or|with|at|from|its|their))$", re.IGNORECASE
+)
+_CLOSED = ".!?:)]}\"'\u2019\u201d\u2026*`_\u3002\uff01\uff1f"
+_SENTENCE_WORDS = 8
+"""An answer of so many words is a sentence, and sentences end in a full stop."""
 
 
 class Rejected(Exception):
@@ -48,27 +56,31 @@ class Pair:
     answer: str
 
 
-def parse(kind: Kind, text: str, finish_reason: str | None = "stop") -> list[Pair]:
+def parse(kind: Kind, text: str | None, finish_reason: str | None = "stop") -> list[Pair]:
     """The pairs in a teacher's answer; a detailed description is an answer whose question is empty.
 
     Conversations and reasoning are blocks, `Question:` and `Answer:` in turn, with a line `===` between them.
-    Spaces, numbers behind the labels, Markdown around them and missing empty lines do no harm.
+    Spaces, numbers behind the labels, Markdown around them, a fence around all and missing empty lines do no
+    harm. An answer that breaks off is cut even where the endpoint does not say so.
 
     Raises:
         Rejected: the answer is cut, or not in the format.
     """
-    text = text.replace("\r\n", "\n").strip().strip("\ufeff")
+    text = (text or "").replace("\r\n", "\n").strip().strip("\ufeff")
+    if fenced := _FENCE.match(text):
+        text = fenced[1].strip()
     if not text:
         raise Rejected("empty")
     if finish_reason in ("length", "content_filter"):
         raise Rejected("cut", f"finish_reason is {finish_reason}")
     if _CONTROL.search(text) or _IMAGE.search(text):
         raise Rejected("invalid_text", "control or damaged characters, or an image mark")
-    if kind == "detail":
-        return [Pair("", _plain(text))]
-    pairs = _pairs(text)
+    pairs = [Pair("", _plain(text))] if kind == "detail" else _pairs(text)
     if kind == "reasoning" and len(pairs) != 1:
         raise Rejected("wrong_count", f"{len(pairs)} questions where one was asked for")
+    for pair in pairs:
+        _check_pair(pair)
+    _check_end(pairs[-1].answer, finish_reason)
     return pairs
 
 
@@ -83,11 +95,26 @@ def _plain(text: str) -> str:
     return text
 
 
+def _check_pair(pair: Pair) -> None:
+    if not re.search(r"\w", pair.answer):
+        raise Rejected("empty_answer", pair.answer[:80])
+    if pair.answer.endswith("?") and pair.question.endswith("."):
+        raise Rejected("roles_swapped", pair.question[:80])
+
+
+def _check_end(answer: str, finish_reason: str | None) -> None:
+    """Who says "stop" has ended, though perhaps without a full stop, but not on "the" or a comma."""
+    unsaid = finish_reason != "stop" and len(answer.split()) >= _SENTENCE_WORDS
+    if _OPEN_END.search(answer) or (unsaid and answer[-1] not in _CLOSED):
+        raise Rejected("cut", f"it ends in {answer[-40:]!r}")
+
+
 def _pairs(text: str) -> list[Pair]:
     blocks = [block for block in _SEPARATOR.split(text) if block.strip()]
     if not blocks:
         raise Rejected("empty")
-    turns = [_turn(number, block) for number, block in enumerate(blocks)]
+    labelled = any(_LABEL_INSIDE.search(block) or _ROLE.match(block) for block in blocks)
+    turns = [_turn(block, labelled) for block in blocks]
     expected = ["question", "answer"] * ((len(turns) + 1) // 2)
     roles = [role for role, _ in turns]
     if len(roles) % 2:
@@ -101,11 +128,11 @@ def _pairs(text: str) -> list[Pair]:
     return [Pair(turns[i][1], turns[i + 1][1]) for i in range(0, len(turns), 2)]
 
 
-def _turn(number: int, block: str) -> tuple[str, str]:
+def _turn(block: str, labelled: bool) -> tuple[str, str]:
+    """Role and words of a block; `labelled` tells whether any block has a label."""
     label = _ROLE.match(block)
     if label is None:
-        why = "text_around" if number == 0 and "question" in block.lower() else "missing_separator"
-        raise Rejected(why, block.strip()[:80])
+        raise Rejected("text_around" if labelled else "missing_separator", block.strip()[:80])
     role = "question" if label[1].lower().startswith("q") else "answer"
     body = block[label.end() :].strip()
     if _LABEL_INSIDE.search(body):

@@ -70,13 +70,14 @@ class PromptSet:
 
 def _read_kind(folder: Traversable) -> KindPrompt:
     system = _read(folder.joinpath("system_message.txt"))
-    names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(_SHOWN))
+    files = [entry.name for entry in folder.iterdir()]
+    names = {name.removesuffix(end) for end in (_SHOWN, _ANSWERED) for name in files if name.endswith(end)}
     if not names:
         raise DataError(f"{folder} has no examples", "add pairs such as 000_caps.txt and 000_conv.txt")
-    examples = []
-    for name in names:
-        answered = folder.joinpath(name.removesuffix(_SHOWN) + _ANSWERED)
-        examples.append((_read(folder.joinpath(name)), _read(answered)))
+    examples = [
+        (_read(folder.joinpath(name + _SHOWN)), _read(folder.joinpath(name + _ANSWERED)))
+        for name in sorted(names)
+    ]
     return KindPrompt(system, tuple(examples))
 
 

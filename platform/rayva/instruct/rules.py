@@ -1,7 +1,8 @@
 """Rules that a teacher's samples must keep: each a small function that says what is wrong, or nothing.
 
 They look for what makes a sample teach something false: words that betray that the teacher saw text and no
-picture, refusals, and claims that the context contradicts. A rule speaks up only where it is sure.
+picture, refusals, and claims that the context contradicts. A rule speaks up only where it is sure: what a
+caption could support is never called a contradiction.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from rayva.instruct.contexts import Context, Kind
 from rayva.instruct.parse import Pair
 
-Rule = Callable[[Kind, Sequence[Pair], Context], bool]
+Rule = Callable[[Kind, Sequence[Pair], Context], str | None]
+"""What it found, in the teacher's words or ours; None where the rule is kept."""
 
 _CAPTION = re.compile(r"\bcaptions?\b", re.IGNORECASE)
 _SENTENCES = re.compile(
@@ -24,23 +26,44 @@ _SENTENCES = re.compile(
     re.IGNORECASE,
 )
 _BOX = re.compile(r"\b(?:bounding[ -]?box(?:es)?|bbox(?:es)?|coordinates?)\b", re.IGNORECASE)
-_NUMBER = r"(?:0?\.\d{2,}|[01]\.\d{2,}|1\.0+)"
-_COORDINATES = re.compile(rf"[\[(]\s*{_NUMBER}\s*,\s*{_NUMBER}|\b[xy][12]?\s*=\s*{_NUMBER}")
+_NUMBER = r"(?:0?\.\d+|1\.0+)"
+_COORDINATES = re.compile(rf"[\[(]\s*{_NUMBER}\s*,\s*{_NUMBER}|\b[xy][12]?\s*=\s*{_NUMBER}|\b0\.\d{{3}}\b")
 _REFUSAL = re.compile(
     r"\bas an? (?:ai|artificial|language|text)\b.{0,30}\b(?:model|assistant|intelligence)\b"
-    r"|\bI(?:'m| am) (?:sorry|afraid|unable)\b|\bI apologi[sz]e\b"
-    r"|\bI (?:can(?:no|'|\u2019)t|do not|don't|don\u2019t) "
-    r"(?:see|view|have access|assist|help|provide|fulfil|comply|actually see)\b",
+    r"|\bI(?:'m| am) (?:very |so )?(?:sorry|afraid|unable)\b|\bI apologi[sz]e\b"
+    r"|\bI (?:can(?:no|')t|can not|could not|do not|don't) "
+    r"(?:actually )?(?:see|view|have (?:access|the ability)|access|assist|help|provide|fulfill?|comply)\b",
+    re.IGNORECASE,
+)
+_NO_IMAGE = re.compile(
+    r"\bno (?:image|picture|photo) (?:was|is|has been) (?:provided|given|attached)\b"
+    r"|\b(?:provide|upload|share|attach) (?:an|the|your) (?:image|picture|photo)\b"
+    r"|\bwithout (?:seeing|access to) the (?:image|picture|photo)\b",
     re.IGNORECASE,
 )
 _WORDS = re.compile(r"[a-z0-9']+")
 _MIN_WORDS: dict[Kind, int] = {"conversation": 1, "detail": 8, "reasoning": 8}
-_NUMBERS = {
-    "no": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8,
-    "nine": 9, "ten": 10, "eleven": 11, "twelve": 12,
+_NUMBERS = (
+    "no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+)  # fmt: skip
+_IRREGULAR = {
+    "person": "people", "man": "men", "woman": "women", "mouse": "mice", "knife": "knives", "sheep": "sheep",
+    "skis": "skis", "scissors": "scissors",
 }  # fmt: skip
-_IRREGULAR = {"person": "people", "man": "men", "woman": "women", "mouse": "mice", "knife": "knives",
-              "sheep": "sheep", "skis": "skis", "scissors": "scissors"}  # fmt: skip
+_SYNONYMS = {
+    "person": "man men woman women boy girl child children kid people player rider group crowd family couple",
+    "dining table": "table desk counter",
+    "couch": "sofa",
+    "tv": "television screen monitor",
+    "cell phone": "phone smartphone",
+    "potted plant": "plant flower pot",
+    "airplane": "plane jet aircraft",
+    "motorcycle": "motorbike bike",
+    "bicycle": "bike",
+}
+"""Other words of captions for categories of COCO."""
+_MOST_COUNTED = 6
+"""Annotators stop counting: above so many boxes a number says nothing."""
 _LONG_ANSWER = 80
 """Characters from which on an answer that is the same for two images must be a canned one."""
 
@@ -51,129 +74,191 @@ def _texts(pairs: Sequence[Pair]) -> Iterator[str]:
         yield pair.answer
 
 
-def mentions_caption(kind: Kind, pairs: Sequence[Pair], context: Context) -> bool:
+def _find(pattern: re.Pattern[str], texts: Iterator[str] | Sequence[str]) -> str | None:
+    for text in texts:
+        if found := pattern.search(text.replace("\u2019", "'")):
+            return found[0]
+    return None
+
+
+def mentions_caption(kind: Kind, pairs: Sequence[Pair], context: Context) -> str | None:
     """Speaks of captions or of given sentences, unless the context itself does ("a page with a caption")."""
-    about_captions = any(_CAPTION.search(caption) for caption in context.captions)
-    return any(
-        (not about_captions and _CAPTION.search(text)) or _SENTENCES.search(text) for text in _texts(pairs)
-    )
+    about_captions = _find(_CAPTION, context.captions) is not None
+    return (None if about_captions else _find(_CAPTION, _texts(pairs))) or _find(_SENTENCES, _texts(pairs))
 
 
-def mentions_bounding_box(kind: Kind, pairs: Sequence[Pair], context: Context) -> bool:
+def mentions_bounding_box(kind: Kind, pairs: Sequence[Pair], context: Context) -> str | None:
     """Speaks of boxes or coordinates."""
-    known = " ".join(context.captions)
-    return any(_BOX.search(text) for text in _texts(pairs)) and not _BOX.search(known)
+    return None if _find(_BOX, context.captions) else _find(_BOX, _texts(pairs))
 
 
-def leaks_coordinates(kind: Kind, pairs: Sequence[Pair], context: Context) -> bool:
+def leaks_coordinates(kind: Kind, pairs: Sequence[Pair], context: Context) -> str | None:
     """Gives a place in numbers."""
-    return any(_COORDINATES.search(text) for text in _texts(pairs))
+    return _find(_COORDINATES, _texts(pairs))
 
 
-def refuses(kind: Kind, pairs: Sequence[Pair], context: Context) -> bool:
+def refuses(kind: Kind, pairs: Sequence[Pair], context: Context) -> str | None:
     """Apologises, speaks as a language model, or says that it cannot see."""
-    return any(is_refusal(pair.answer) for pair in pairs)
+    return _find(_REFUSAL, [pair.answer for pair in pairs])
 
 
 def is_refusal(text: str) -> bool:
     """Whether the teacher apologises, speaks as a language model, or says that it cannot see."""
-    return bool(_REFUSAL.search(text))
+    return _find(_REFUSAL, [text]) is not None
 
 
-def too_short(kind: Kind, pairs: Sequence[Pair], context: Context) -> bool:
+def misses_image(kind: Kind, pairs: Sequence[Pair], context: Context) -> str | None:
+    """Says that there is no image, or asks for one."""
+    return _find(_NO_IMAGE, [pair.answer for pair in pairs])
+
+
+def too_short(kind: Kind, pairs: Sequence[Pair], context: Context) -> str | None:
     """An answer with fewer words than its kind needs."""
-    return any(len(pair.answer.split()) < _MIN_WORDS[kind] for pair in pairs)
+    fewest = min(len(pair.answer.split()) for pair in pairs)
+    return f"{fewest} words" if fewest < _MIN_WORDS[kind] else None
 
 
-def not_a_question(kind: Kind, pairs: Sequence[Pair], context: Context) -> bool:
-    """A question without a single word, or as long as an essay."""
-    return any(not re.search(r"\w", pair.question) or len(pair.question) > 1000 for pair in pairs)
+def not_a_question(kind: Kind, pairs: Sequence[Pair], context: Context) -> str | None:
+    """A question without a single word, or as long as an essay; that of a description is ours."""
+    for pair in pairs if kind != "detail" else ():
+        if not re.search(r"\w", pair.question) or len(pair.question) > 1000:
+            return pair.question[:80]
+    return None
 
 
-def repeats_itself(kind: Kind, pairs: Sequence[Pair], context: Context) -> bool:
+def repeats_itself(kind: Kind, pairs: Sequence[Pair], context: Context) -> str | None:
     """The same question twice, or an answer that goes round in circles."""
-    questions = [" ".join(_WORDS.findall(pair.question.lower())) for pair in pairs]
-    if len(set(questions)) < len(questions):
-        return True
-    return any(_loops(pair.answer) for pair in pairs)
+    questions = Counter(" ".join(_WORDS.findall(pair.question.lower())) for pair in pairs)
+    twice = next((question for question, count in questions.items() if count > 1), None)
+    return twice or next((found for pair in pairs if (found := _loop(pair.answer))), None)
 
 
-def _loops(text: str) -> bool:
+def _loop(text: str) -> str | None:
+    """Eight words that come four times, a few words four times on end, or a sentence thrice."""
     words = _WORDS.findall(text.lower())
-    runs = Counter(tuple(words[i : i + 6]) for i in range(len(words) - 5))
-    return bool(runs) and runs.most_common(1)[0][1] >= 4
+    runs = Counter(tuple(words[i : i + 8]) for i in range(len(words) - 7))
+    if runs and runs.most_common(1)[0][1] >= 4:
+        return " ".join(runs.most_common(1)[0][0])
+    for size in range(2, 6):
+        length = 0
+        for at in range(size, len(words)):
+            length = length + 1 if words[at] == words[at - size] else 0
+            if length >= 3 * size:
+                return " ".join(words[at - size + 1 : at + 1])
+    sentences = Counter(sentence.strip().lower() for sentence in re.split(r"[.!?\n]+", text))
+    return next((s for s, count in sentences.items() if count > 2 and len(s.split()) > 3), None)
 
 
-def contradicts_count(kind: Kind, pairs: Sequence[Pair], context: Context) -> bool:
-    """Says "there are N dogs" where the boxes and the captions know of another number of dogs.
+def contradicts_count(kind: Kind, pairs: Sequence[Pair], context: Context) -> str | None:
+    """Says "there are N dogs" where boxes and captions know of another number of dogs.
 
-    Boxes do not list every object of a crowd, so a larger number than theirs is let pass unless the boxes
-    are few; a number that a caption gives is let pass, too.
+    Only claims about all of the picture count: "there are N", unless what follows picks some out ("on the
+    left", "wearing hats"), and answers to "how many". Many boxes prove nothing, since annotators stop
+    counting; and a number that a caption could support is let pass.
     """
+    captions = " ".join(context.captions).lower()
     counts = Counter(instance.category.lower() for instance in context.instances)
-    said_before = " ".join(context.captions).lower()
-    for category, count in counts.items():
-        for said in _claimed_counts(pairs, category):
-            known = {count, *_counts_in(said_before, category)}
-            if said not in known and (said < count or count <= 3) and count <= 12:
-                return True
-    return False
+    for category, present in counts.items():
+        if present > _MOST_COUNTED:
+            continue
+        for word in _claimed(pairs, category):
+            value = _value(word)
+            if value is not None and value != present and not _supported(value, category, captions):
+                return f"{word} {category}, but {present} in the boxes"
+    return None
 
 
-def _claimed_counts(pairs: Sequence[Pair], category: str) -> Iterator[int]:
-    """Numbers of `category` that answers claim for the whole picture."""
+_PICKS_OUT = (
+    r"(?:\w+ing|\w+ed|that|who|which|with|without|near|behind|beside|next|on|under|above|below|by|around|"
+    r"between|upper|lower|also|each|already|still|to the|in (?:a|an|his|her|its|their))\b"
+    r"|(?:in|at) (?:the )?(?:front|back|fore|left|right|top|bottom|middle|cent|distance|far|corner)"
+)
+
+
+def _claimed(pairs: Sequence[Pair], category: str) -> Iterator[str]:
+    """The words in the place of a number where an answer counts all of `category`."""
     names = _name_pattern(category)
-    words = "|".join(_NUMBERS)
     there = re.compile(
-        rf"\bthere (?:is|are) (?:exactly |only |a total of |just )?({words}|\d{{1,2}}) {names}\b"
-        r"(?=\s+(?:in (?:the|this) (?:picture|image|photo|scene)|in total|altogether|visible)|\s*[.!]|$)",
+        rf"\bthere (?:is|are) (?:exactly |only |a total of |just )?(\w+) {names}\b(?!,? (?:{_PICKS_OUT}))",
         re.IGNORECASE,
     )
     for pair in pairs:
-        for found in there.finditer(pair.answer):
-            yield _value(found[1])
-        asked = re.match(rf"how many {names} (?:are|is|can)\b(.*)", pair.question.strip(), re.IGNORECASE)
-        if asked and not re.search(r"\b(?:wear|with|on|hold|behind|in front|near|sit|stand|rid)", asked[1]):
-            bare = re.match(rf"({words}|\d{{1,2}})\b[.!]?\s*$", pair.answer.strip(), re.IGNORECASE)
-            if bare:
-                yield _value(bare[1])
+        yield from (found[1] for found in there.finditer(pair.answer))
+        asked = re.match(rf"how many {names} (?:are|is|can|do)\b(.*)", pair.question.strip(), re.IGNORECASE)
+        if asked is None or re.search(
+            rf"\b(?:{_PICKS_OUT}|wear|hold|sit|stand|rid|have)", asked[1], re.IGNORECASE
+        ):
+            continue
+        if bare := re.match(r"(\w+)\b[.!]?\s*$", pair.answer.strip()):
+            yield bare[1]
+        elif counted := re.search(rf"\b(\w+) {names}\b(?!,? (?:{_PICKS_OUT}))", pair.answer, re.IGNORECASE):
+            yield counted[1]
 
 
-def _counts_in(text: str, category: str) -> set[int]:
-    words = "|".join(_NUMBERS)
-    found = re.finditer(rf"\b({words}|\d{{1,2}}) (?:\w+ ){{0,2}}{_name_pattern(category)}\b", text)
-    return {_value(each[1]) for each in found}
+def _value(word: str) -> int | None:
+    if word.lower() in _NUMBERS:
+        return _NUMBERS.index(word.lower())
+    return int(word) if word.isascii() and word.isdigit() and len(word) < 4 else None
 
 
-def _value(word: str) -> int:
-    return int(word) if word.isdigit() else _NUMBERS[word.lower()]
+def _supported(claimed: int, category: str, captions: str) -> bool:
+    """Whether a caption has the claimed number, or speaks of one or two of the category."""
+    word = _NUMBERS[claimed] if claimed < len(_NUMBERS) else str(claimed)
+    if claimed and re.search(rf"\b(?:{word}|{claimed})\b", captions):
+        return True
+    names = [_name_pattern(name) for name in (category, *_SYNONYMS.get(category, "").split())]
+    if claimed == 1:
+        return any(re.search(rf"\b(?:an?|the|single)(?: \w+){{0,3}} {name}\b", captions) for name in names)
+    return claimed == 2 and any(
+        re.search(rf"\b(?:couple|pair|both)\b.*\b{name}\b", captions) for name in names
+    )
 
 
 def _name_pattern(category: str) -> str:
-    head, _, last = category.lower().rpartition(" ")
-    plural = _IRREGULAR.get(last, last + ("es" if last.endswith(("s", "sh", "ch", "x")) else "s"))
-    lead = re.escape(head) + " " if head else ""
-    return rf"{lead}(?:{re.escape(last)}|{re.escape(plural)})"
+    return rf"(?:{re.escape(category.lower())}|{re.escape(plural(category.lower()))})"
 
 
-def contradicts_category(kind: Kind, pairs: Sequence[Pair], context: Context) -> bool:
-    """Denies that something is there that has a box or is in every caption ("Is there a dog?" - "No")."""
+def plural(noun: str) -> str:
+    """The plural of an English noun, as far as names of categories need it."""
+    if noun.startswith("pair of "):
+        return "pairs" + noun.removeprefix("pair")
+    head, space, last = noun.rpartition(" ")
+    if last in _IRREGULAR:
+        return f"{head}{space}{_IRREGULAR[last]}"
+    if re.search(r"[^aeiou]y$", last):
+        return f"{noun[:-1]}ies"
+    return noun + ("es" if last.endswith(("s", "sh", "ch", "x")) else "s")
+
+
+_ASKS_EXISTENCE = re.compile(
+    r"(?:is there|are there|can you see|do you see) (?:an?|any|some) ([a-z][a-z ]*?)"
+    r"(?: (?:visible|present))?(?: in (?:the|this) (?:picture|image|photo|scene))?\s*\?",
+    re.IGNORECASE,
+)
+
+
+def contradicts_category(kind: Kind, pairs: Sequence[Pair], context: Context) -> str | None:
+    """Denies that something is there that has a box: "Is there a dog?" - "No", or "there are no dogs".
+
+    That something is there without a box is no contradiction: COCO has 80 categories only.
+    """
     known = {instance.category.lower() for instance in context.instances}
     for pair in pairs:
-        asked = re.match(
-            r"(?:is there|are there|can you see) (?:an?|any|some) ([a-z][a-z ]*?)"
-            r"(?: in (?:the|this) (?:picture|image|photo|scene))?\s*\?",
-            pair.question.strip().lower(),
-        )
-        if asked and re.match(r"no\b", pair.answer.strip().lower()):
-            for category in known:
-                if re.fullmatch(_name_pattern(category), asked[1]):
-                    return True
-    return False
+        asked = _ASKS_EXISTENCE.match(pair.question.strip())
+        denies = re.match(r"no\b", pair.answer.strip(), re.IGNORECASE)
+        for category in known:
+            names = _name_pattern(category)
+            where = r"(?: (?:in the (?:image|photo|picture|scene)|visible|present)\b|\s*[.!]|\s*$)"
+            if asked and denies and re.fullmatch(names, asked[1], re.IGNORECASE):
+                return f"{category} has a box"
+            if re.search(rf"\bthere (?:is|are) no {names}{where}", pair.answer, re.IGNORECASE):
+                return f"{category} has a box"
+    return None
 
 
 RULES: dict[str, Rule] = {
     "refuses": refuses,
+    "misses_image": misses_image,
     "mentions_caption": mentions_caption,
     "mentions_bounding_box": mentions_bounding_box,
     "leaks_coordinates": leaks_coordinates,
@@ -186,10 +271,18 @@ RULES: dict[str, Rule] = {
 """In the order in which they are asked; the name is the reason that a reject is kept with."""
 
 
+def find_fault(kind: Kind, pairs: Sequence[Pair], context: Context) -> tuple[str, str] | None:
+    """The name of the first rule that `pairs` break, and what it found; None if they keep them all."""
+    for name, rule in RULES.items():
+        if (found := rule(kind, pairs, context)) is not None:
+            return name, found
+    return None
+
+
 def check(kind: Kind, pairs: Sequence[Pair], context: Context) -> str | None:
     """The name of the first rule that `pairs` break; None if they keep them all."""
-    # The question of a detailed description is ours.
-    return next((name for name, broken in RULES.items() if broken(kind, pairs, context)), None)
+    fault = find_fault(kind, pairs, context)
+    return fault[0] if fault else None
 
 
 class Duplicates:

@@ -16,6 +16,7 @@ from typing import Literal
 from rayva.data.places import PHRASES, place_name
 from rayva.data.schema import IMAGE_PLACEHOLDER, ImageRecord, Instance, Turn
 from rayva.instruct.contexts import Context, Kind
+from rayva.instruct.rules import plural
 
 ResponseType = Literal["conversation", "detail", "complex"]
 
@@ -75,12 +76,10 @@ def _thing(instance: Instance) -> Thing:
     first, _, rest = instance.category.partition(" ")
     color = first if rest and first in COLORS else None
     size = "large" if max(x2 - x1, y2 - y1) > LARGE_SIDE else "small"
-    noun = rest if color else instance.category
-    return Thing(instance.category, noun, color, size, (x1 + x2) / 2, (y1 + y2) / 2, instance.bbox)
-
-
-def _plural(noun: str) -> str:
-    return noun + ("es" if noun.endswith(("s", "sh", "ch", "x")) else "s")
+    noun, name = rest if color else instance.category, instance.category
+    if noun.endswith("s") and plural(noun) == noun:
+        noun = name = f"pair of {noun}"
+    return Thing(name, noun, color, size, (x1 + x2) / 2, (y1 + y2) / 2, instance.bbox)
 
 
 def _article(noun: str) -> str:
@@ -151,9 +150,7 @@ def _ask_count(things: list[Thing], rng: random.Random) -> QuestionAnswer | None
     counted = [("object", len(things)), (f"{size} object", sum(t.size == size for t in things))]
     counted += [(noun, plain.count(noun)) for noun in sorted({t.noun for t in things if not t.color})]
     noun, count = rng.choice(counted)
-    verb, nouns = ("is", noun) if count == 1 else ("are", _plural(noun))
-    answer = f"There {verb} {_number(count)} {nouns}."
-    return QuestionAnswer("count", f"How many {_plural(noun)} are there?", answer)
+    return QuestionAnswer("count", f"How many {plural(noun)} are there?", f"{_there_are(count, noun)}.")
 
 
 def _ask_existence(things: list[Thing], rng: random.Random) -> QuestionAnswer | None:
@@ -221,8 +218,9 @@ def questions(
     return list(found.values())
 
 
-def _describe(thing: Thing) -> str:
-    return f"{_article(f'{thing.size} {thing.name}')} {PHRASES[thing.place]}"
+def _describe(thing: Thing, count: int) -> str:
+    name = f"{thing.size} {thing.name}"
+    return f"{_article(name) if count == 1 else f'{_number(count)} {plural(name)}'} {PHRASES[thing.place]}"
 
 
 def detail(record: ImageRecord, rng: random.Random) -> str:
@@ -231,8 +229,15 @@ def detail(record: ImageRecord, rng: random.Random) -> str:
     if not things:
         return rng.choice(record.captions)
     rng.shuffle(things)
-    head = "There is one object" if len(things) == 1 else f"There are {_number(len(things))} objects"
-    return f"{head}: " + ", ".join(_describe(t) for t in things) + "."
+    alike = Counter((t.size, t.name, t.place) for t in things)
+    first = {(t.size, t.name, t.place): t for t in things}
+    listed = ", ".join(_describe(first[key], count) for key, count in alike.items())
+    return f"{_there_are(len(things))}: {listed}."
+
+
+def _there_are(count: int, noun: str = "object") -> str:
+    """ "There is one object", "There are two objects"."""
+    return f"There is one {noun}" if count == 1 else f"There are {_number(count)} {plural(noun)}"
 
 
 def complex_reasoning(record: ImageRecord, rng: random.Random) -> QuestionAnswer | None:
@@ -243,9 +248,9 @@ def complex_reasoning(record: ImageRecord, rng: random.Random) -> QuestionAnswer
         return None
     gone = rng.choice(named)
     if len(things) < 2 or rng.random() < 0.5:
-        now, left = _number(len(things)), _number(len(things) - 1)
+        left = _number(len(things) - 1)
         question = f"How many objects would be left without the {gone.name}?"
-        answer = f"There are {now} objects now. Without the {gone.name} {left} would be left."
+        answer = f"{_there_are(len(things))} now. Without the {gone.name} {left} would be left."
         return QuestionAnswer("complex", question, answer)
     others = [t for t in things if t is not gone]
     nearest = min(others, key=lambda t: (t.x - gone.x) ** 2 + (t.y - gone.y) ** 2)

@@ -124,17 +124,25 @@ def read_batch_results(
         find: the request with this digest, or None if it is not one of this run.
 
     Returns:
-        Counts: `read`, `known` before, `failed` (the API gave an error), `foreign` (of another run).
+        Counts: `read`, `known` before, `failed` (the API gave an error), `foreign` (of another run), `cut`
+        (a last line that is not complete, as of a download that broke off).
 
     Raises:
         DataError: the file is missing, or a line is not in the API's form.
     """
-    counts = {"read": 0, "known": 0, "failed": 0, "foreign": 0}
+    counts = {"read": 0, "known": 0, "failed": 0, "foreign": 0, "cut": 0}
     with open_input(uri, "the batch's results") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
-            digest, body = _result(uri, number, line)
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                if not line.endswith(b"\n"):
+                    counts["cut"] += 1
+                    continue
+                raise _not_a_result(uri, number, error) from error
+            digest, body = _result(uri, number, row)
             request = find(digest)
             if request is None:
                 counts["foreign"] += 1
@@ -151,15 +159,18 @@ def read_batch_results(
     return counts
 
 
-def _result(uri: str, number: int, line: bytes) -> tuple[str, Any]:
+def _result(uri: str, number: int, row: Any) -> tuple[str, Any]:
     """custom_id and the completion's JSON; None where the API tells of an error."""
     try:
-        row = json.loads(line)
         response = row.get("response") or {}
         good = row.get("error") is None and response.get("status_code") == 200
         return str(row["custom_id"]), response.get("body") if good else None
-    except (ValueError, KeyError, AttributeError) as error:
-        raise DataError(
-            f"{uri} line {number} is not a result of the batch API: {error!r}",
-            "give the output file that the batch API made",
-        ) from error
+    except (TypeError, KeyError, AttributeError) as error:
+        raise _not_a_result(uri, number, error) from error
+
+
+def _not_a_result(uri: str, number: int, error: Exception) -> DataError:
+    return DataError(
+        f"{uri} line {number} is not a result of the batch API: {error!r}",
+        "give the output file that the batch API made",
+    )

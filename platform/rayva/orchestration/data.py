@@ -23,10 +23,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _INPUTS: dict[str, tuple[str, ...]] = {
-    "llava": ("pretrain_json", "finetune_json", "pretrain_images", "finetune_images"),
+    "llava": (
+        "pretrain_json", "finetune_json", "held_out_json",
+        "pretrain_images", "finetune_images", "held_out_images",
+    ),
     "captions": ("captions",),
     "emoji": ("emoji_dir",),
-}
+}  # fmt: skip
 """The settings of each source that name files outside the storage."""
 _VERSIONS = ("ETag", "etag", "md5Hash", "mtime", "created")
 """What file systems call the mark that changes with a file's content, the best first."""
@@ -176,6 +179,6 @@ def _check(data: Data, outputs: dict[str, Any]) -> None:
             )
     if not outputs["questions"]:
         logger.warning(
-            "there are no held-out questions, so the gate cannot pass: add rows with short answers, "
-            "or raise data.test_fraction"
+            "there are no held-out questions, so the gate cannot pass: add rows that can be graded "
+            "(docs/data.md, What is held out), raise data.test_fraction, or set data.held_out_json"
         )

@@ -32,6 +32,7 @@ from rayva.llm.cache import AnswerCache
 from rayva.llm.client import ChatClient, Endpoint
 from rayva.llm.prices import FREE, Budget, Price, Prices
 from rayva.llm.request import ChatAnswer, PermanentError
+from rayva.orchestration.faults import user_error
 from rayva.progress import Progress
 from rayva.recipes.schema import Generation
 from rayva.storage import Storage
@@ -97,7 +98,7 @@ def run_tasks(work: Work, tasks_rel: str, total: int) -> Iterator[tuple[int, Out
     """Carries out the tasks of a file: (number, outcome) each, in no particular order.
 
     Raises:
-        TeacherError: the teacher refuses everything; what was answered before is kept.
+        RayvaError: the teacher refuses everything, or answers cannot be kept; those from before are.
     """
     board = Board.remote()  # type: ignore[attr-defined]  # added by the decorator
     dataset = ray.data.read_parquet(
@@ -114,6 +115,8 @@ def run_tasks(work: Work, tasks_rel: str, total: int) -> Iterator[tuple[int, Out
     with _Shown(board, total):
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
             for row in batch.to_pylist():
+                if row["error"]:
+                    raise RayvaError(*json.loads(row["error"]))
                 yield row["number"], _outcome_from(json.loads(row["outcome"]))
 
 
@@ -189,11 +192,19 @@ class _Asker:
         return EndpointTeacher(self._client, requests)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
+        """Numbers and outcomes; or what is wrong with all of them, in one row.
+
+        Ray Data hands over no more of an exception than its traceback, so what a person can mend is a row.
+        """
         rows = batch.to_pylist()
-        outcomes = self._loop.run_until_complete(self._block([read_task(row) for row in rows]))
-        return pa.table(
-            {"number": batch["number"], "outcome": [json.dumps(asdict(outcome)) for outcome in outcomes]}
-        )
+        try:
+            outcomes = self._loop.run_until_complete(self._block([read_task(row) for row in rows]))
+        except (RayvaError, OSError) as error:
+            known = user_error(error, self._work.storage.root)
+            if known is None:
+                raise
+            return _answered(batch["number"][:1], [""], json.dumps([known.what, known.remedy]))
+        return _answered(batch["number"], [json.dumps(asdict(outcome)) for outcome in outcomes], "")
 
     async def _block(self, tasks: Sequence[Task]) -> list[Outcome]:
         teller = asyncio.create_task(self._tell())
@@ -241,6 +252,10 @@ class _Asker:
             if errors := self._client.errors.total():
                 figures["errors"] = errors
         self._board.write.remote(self._done, figures)
+
+
+def _answered(numbers: Any, outcomes: list[str], error: str) -> pa.Table:
+    return pa.table({"number": numbers, "outcome": outcomes, "error": [error] * len(outcomes)})
 
 
 def _outcome_from(raw: dict[str, Any]) -> Outcome:

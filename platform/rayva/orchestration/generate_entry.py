@@ -125,8 +125,8 @@ def _run(options: argparse.Namespace) -> int:
             raise
         raise known from error
     _show(plan, summary)
-    if summary["unfinished"] and plan.settings.teacher == "batch":
-        for uri in write_batch_files(plan):
+    if plan.settings.teacher == "batch" and not summary.get("finished_before"):
+        for uri in write_batch_files(plan):  # none, and the old ones go, where all is answered
             _tell(f"To be given to the batch API: {uri}")
     return UNFINISHED if summary["unfinished"] else 0
 
@@ -146,7 +146,8 @@ def _flag_overrides(options: argparse.Namespace) -> list[str]:
 
 
 def _show_forecast(plan: Plan) -> None:
-    _tell(f"{len(plan.inputs.contexts):,} contexts, {sum(plan.inputs.bad.values()):,} unusable")
+    count = len(plan.inputs.contexts)
+    _tell(f"{count:,} context{'s' if count != 1 else ''}, {sum(plan.inputs.bad.values()):,} unusable")
     _tell(f"{'kind':<14}{'samples':>9}{'known':>9}{'prompt tokens':>16}{'answer tokens':>16}{'dollars':>10}")
     rows = forecast(plan)
     for row in rows:
@@ -180,6 +181,9 @@ def _show(plan: Plan, summary: dict[str, Any]) -> None:
     if summary["images"]:
         _tell(f"images:     {summary['images']}")
     _tell(f"report:     {summary['report']}")
+    if summary["samples"]:
+        images = "" if summary["images"] else " data.pretrain_images=DIR data.finetune_images=DIR"
+        _tell(f"train on it: python pipelines/full.py --recipe NAME --config {summary['train']}{images}")
     if summary["unfinished"]:
         left = {k: v for k, v in summary["statuses"].items() if k in ("failed", "stopped", "waiting")}
         _tell(f"Unfinished: {left}. The same command goes on; a budget wants a higher --max-cost.")

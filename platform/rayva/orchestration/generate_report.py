@@ -118,11 +118,12 @@ def _lengths(report: GenerationReport) -> str:
 def _histogram(values: Sequence[int]) -> str:
     """Counts of `values` in equal bins, as SVG."""
     top = max(values) + 1
-    counts = Counter(value * _BINS // top for value in values)
-    most = max(counts.values())
+    bins = min(_BINS, top)
+    counts = Counter(value * bins // top for value in values)
+    most, wide = max(counts.values()), _BINS * 12 / bins
     bars = "".join(
-        f"<rect x='{i * 12 + 1}' y='{100 - 90 * n / most:.1f}' width='10' height='{90 * n / most:.1f}' "
-        "fill='var(--accent)'/>"
+        f"<rect x='{i * wide + 1:.1f}' y='{100 - 90 * n / most:.1f}' width='{wide - 2:.1f}' "
+        f"height='{90 * n / most:.1f}' fill='var(--accent)'/>"
         for i, n in sorted(counts.items())
     )
     return (

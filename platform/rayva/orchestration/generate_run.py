@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayva.data.locations import absolute
-from rayva.data.schema import ImageRecord
+from rayva.data.schema import ImageRecord, Question
 from rayva.errors import DataError, RecipeError
+from rayva.evaluation.grounding import GATE_TASK
 from rayva.instruct.contexts import BadContext, Context, from_coco, from_images, read_contexts
 from rayva.instruct.generator import Attempt, Outcome, judge
 from rayva.instruct.prompts import PromptSet
@@ -24,6 +25,7 @@ from rayva.instruct.teachers import Requests, batch_lines, read_batch_results
 from rayva.llm.cache import AnswerCache
 from rayva.llm.prices import Price, Prices
 from rayva.lock import JobLock
+from rayva.orchestration import generate_training as training
 from rayva.orchestration.generate_report import GenerationReport, render_report
 from rayva.provenance import code_version
 from rayva.recipes import Recipe, to_dict
@@ -51,6 +53,10 @@ class Inputs:
     bad: Counter[str]
     images: dict[str, ImageRecord] = field(default_factory=dict)
     """Pictures of a built-in dataset, by the name that its contexts have; others stay where they are."""
+    held_out: list[Question] = field(default_factory=list)
+    """The built-in dataset's questions about its test images ..."""
+    held_out_images: dict[str, ImageRecord] = field(default_factory=dict)
+    """... and these images, by id."""
 
 
 @dataclass(frozen=True)
@@ -90,16 +96,16 @@ def make_plan(recipe: Recipe, storage: Storage) -> Plan:
         "contexts": _digest(inputs.contexts),
         **{f"prompts {kind}": prompts.digest(kind) for kind in KINDS},
     }
+    if inputs.held_out:
+        made_from["held out"] = _digest(inputs.held_out)
     folder = StepFolder(storage, "generate", step_digest("generate", what, made_from))
     return Plan(recipe, storage, folder, inputs, tasks, prompts)
 
 
-def _digest(contexts: Sequence[Context]) -> str:
-    import hashlib
-
+def _digest(records: Sequence[Context | Question]) -> str:
     digest = hashlib.sha256()
-    for context in contexts:
-        digest.update(repr(context).encode("utf-8", "backslashreplace") + b"\n")
+    for record in records:
+        digest.update(repr(record).encode("utf-8", "backslashreplace") + b"\n")
     return digest.hexdigest()
 
 
@@ -136,14 +142,20 @@ def _read_inputs(recipe: Recipe) -> Inputs:
 def _dataset_inputs(recipe: Recipe) -> Inputs:
     from rayva.orchestration.data import load_bundle
 
-    train = [image for image in load_bundle(recipe.data).images if image.split == "train"]
+    bundle = load_bundle(recipe.data)
+    images = list(bundle.images)
+    train = [image for image in images if image.split == "train"]
+    tested = {image.image_id: image for image in images if image.split == "test"}
+    held_out = [q for q in bundle.questions if q.task == GATE_TASK and q.image_id in tested]
     contexts, bad = [], Counter[str]()
     for context in from_images(train):
         if isinstance(context, BadContext):
             bad[context.reason] += 1
         else:
             contexts.append(context)
-    return Inputs(contexts, bad, {image.image_id: image for image in train})
+    asked = {q.image_id for q in held_out}
+    tested = {name: image for name, image in tested.items() if name in asked}
+    return Inputs(contexts, bad, {image.image_id: image for image in train}, held_out, tested)
 
 
 @dataclass(frozen=True)
@@ -314,7 +326,7 @@ def write_outputs(plan: Plan, work: Work, outcomes: dict[int, Outcome], seconds:
         outcome = outcomes[number]
         for tried, attempt in enumerate(outcome.attempts):
             about = _provenance(plan, task, tried, attempt, price)
-            base = {"id": task.task_id, "image": _image_name(plan, task), "kind": task.kind}
+            base = {"id": task.task_id, "image": _image_name(plan, task.context), "kind": task.kind}
             if attempt.reason:
                 why = {"reason": attempt.reason, "detail": attempt.detail, "text": attempt.answer.text}
                 rejected.append({**base, **why, **about})
@@ -322,11 +334,10 @@ def write_outputs(plan: Plan, work: Work, outcomes: dict[int, Outcome], seconds:
                 accepted.append({**base, "conversations": _conversation(outcome), **about})
     summary = _summary(plan, outcomes, accepted, rejected)
     llava = [{key: row[key] for key in ("id", "image", "conversations")} for row in accepted]
-    text = json.dumps(llava, indent=1, ensure_ascii=False)
-    plan.storage.write_bytes(plan.folder.join("samples.json"), (text + "\n").encode())
+    training.write_rows(plan.folder, "samples.json", llava)
     _write_table(plan, "samples.parquet", accepted, _SAMPLES)
     _write_table(plan, "rejects.parquet", rejected, _REJECTS)
-    _write_images(plan)
+    _write_training_files(plan)
     plan.storage.write_bytes(
         plan.folder.join("report.html"), _report(plan, summary, accepted, rejected, seconds).encode()
     )
@@ -372,7 +383,8 @@ def _summary(
         "cost": sum(row["cost"] for row in (*accepted, *rejected)),
         "unfinished": statuses["failed"] + statuses["stopped"] + statuses["waiting"],
         "json": plan.storage.uri(plan.folder.join("samples.json")),
-        "images": plan.storage.uri(plan.folder.join("images")) if plan.inputs.images else None,
+        "images": plan.storage.uri(plan.folder.join(training.IMAGES)) if plan.inputs.images else None,
+        "train": plan.storage.uri(plan.folder.join(training.SETTINGS)),
         "report": plan.storage.uri(plan.folder.join("report.html")),
     }
 
@@ -383,10 +395,10 @@ def _write_table(plan: Plan, name: str, rows: list[dict[str, Any]], schema: pa.S
     plan.storage.write_bytes(plan.folder.join(name), sink.getvalue())
 
 
-def _image_name(plan: Plan, task: Task) -> str:
+def _image_name(plan: Plan, context: Context) -> str:
     """The image's name in samples.json: its own, or that of the file beside it."""
-    record = plan.inputs.images.get(task.context.image)
-    return task.context.image if record is None else _file_name(record)
+    record = plan.inputs.images.get(context.image)
+    return context.image if record is None else _file_name(record)
 
 
 def _file_name(record: ImageRecord) -> str:
@@ -394,12 +406,18 @@ def _file_name(record: ImageRecord) -> str:
     return f"{record.image_id.replace('/', '-')}.{kinds.get((record.content or b'')[:4], 'jpg')}"
 
 
-def _write_images(plan: Plan) -> None:
-    """The pictures of a built-in dataset, so that samples.json can be trained on as it is."""
-    for record in plan.inputs.images.values():
-        rel = plan.folder.join("images", _file_name(record))
-        if record.content is not None and not plan.storage.exists(rel):
-            plan.storage.write_bytes(rel, record.content)
+def _write_training_files(plan: Plan) -> None:
+    """Stage 1, the gate's questions and the pictures of a built-in dataset, and the settings for full.py."""
+    inputs, folder = plan.inputs, plan.folder
+    named = ((context, _image_name(plan, context)) for context in inputs.contexts)
+    training.write_rows(folder, training.CAPTIONS, training.caption_rows(named, plan.settings.seed))
+    training.write_images(folder, training.IMAGES, {_file_name(i): i for i in inputs.images.values()})
+    if inputs.held_out:
+        names = {image_id: _file_name(image) for image_id, image in inputs.held_out_images.items()}
+        training.write_rows(folder, training.HELD_OUT, training.held_out_rows(inputs.held_out, names))
+        pictures = {_file_name(image): image for image in inputs.held_out_images.values()}
+        training.write_images(folder, training.HELD_OUT_IMAGES, pictures)
+    training.write_settings(folder, bool(inputs.images), bool(inputs.held_out))
 
 
 def _report(
@@ -410,7 +428,7 @@ def _report(
     seconds: float,
 ) -> str:
     pictures = {_file_name(record): record.content for record in plan.inputs.images.values()}
-    captions = {_image_name(plan, task): task.context.captions for task in plan.tasks}
+    captions = {_image_name(plan, task.context): task.context.captions for task in plan.tasks}
     report = GenerationReport(
         title=f"Instruction data by {plan.settings.model or plan.settings.teacher}",
         summary=summary,

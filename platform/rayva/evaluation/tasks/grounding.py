@@ -1,7 +1,7 @@
 """Grounding, the gate's task: held-out questions with the right image, another one, and none.
 
 Data: the storage root of a finished run (its held-out questions and images), or LLaVA JSON, of which the
-first question of each row with one image and a short answer is asked.
+first question of each row with one image and an answer that can be graded is asked.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import pyarrow.parquet as pq
 
+from rayva.data.answer_match import how_to_grade
 from rayva.data.locations import ImageFolder, join, parent
 from rayva.data.quarantine import BadRow
 from rayva.data.schema import Question
@@ -26,7 +27,6 @@ from rayva.recipes.schema import Evaluation
 from rayva.steps import StepFolder
 from rayva.storage import Storage
 
-SHORT_ANSWER_WORDS = 5
 _SUMMARY = "summary.json"
 
 
@@ -121,24 +121,22 @@ def _of_json(data: str, images: str | None) -> tuple[list[Question], dict[str, P
     folder = ImageFolder(images or parent(data))
     questions, pictures = [], {}
     for found in read_questions(data, first_only=True)[0]:
-        if len(found.images) != 1 or len(found.reference.split()) > SHORT_ANSWER_WORDS:
+        text = found.messages[-1].text.strip()
+        match = how_to_grade(text, found.reference)
+        if len(found.images) != 1 or match is None:
             continue
         name = found.images[0]
-        questions.append(
-            Question(
-                found.question_id, name, GATE_TASK, answer_kind(found.reference),
-                found.messages[-1].text.strip(), (found.reference,),
-            )
-        )  # fmt: skip
+        kind = answer_kind(found.reference) if match == "text" else match
+        accepted = (found.reference,)
+        questions.append(Question(found.question_id, name, GATE_TASK, kind, text, accepted, match))
         try:
             pictures[name] = Picture(name, folder.resolve(name))
         except BadRow:
             continue  # plan_asks counts the question as one without a usable image
     if not pictures:
         raise DataError(
-            f"{data} has no question about one image with an answer of at most {SHORT_ANSWER_WORDS} words "
-            f"whose image is in {folder.root}",
-            "give LLaVA JSON with short answers, and its images as grounding.images",
+            f"{data} has no question about one image in {folder.root} whose answer can be graded",
+            "give LLaVA JSON with short answers (docs/data.md), and its images as grounding.images",
         )
     return questions, pictures
 
@@ -163,6 +161,7 @@ def _item(one: Ask, pictures: Mapping[str, Picture]) -> Item:
             "right_image": question.image_id,
             "kind": question.kind,
             "accepted": list(question.accepted),
+            "match": question.match,
         },
     )
 
@@ -171,8 +170,9 @@ def _ask(item: Item) -> Ask:
     facts = item.facts
     text, accepted = item.messages[-1].text, tuple(facts["accepted"])
     question = Question(
-        item.question_id, facts["right_image"], GATE_TASK, facts["kind"], text.strip(), accepted
-    )
+        item.question_id, facts["right_image"], GATE_TASK, facts["kind"], text.strip(), accepted,
+        facts["match"],
+    )  # fmt: skip
     return Ask(question, facts["condition"], facts["image_id"])
 
 

@@ -1,0 +1,163 @@
+"""pipelines/generate.py with files of a batch API in place of an endpoint: from first file to last."""
+
+import gzip
+import json
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from rayva.errors import DataError
+from rayva.instruct.contexts import Context
+from rayva.instruct.prompts import PromptSet
+from rayva.instruct.tasks import KINDS, Task
+from rayva.instruct.teachers import Requests, batch_lines, read_batch_results
+from rayva.llm.cache import AnswerCache
+from rayva.recipes.schema import Generation
+from rayva.storage import Storage
+from tests.llm.teacher import in_format
+
+DOG = Context("7", "7.jpg", ("A dog runs over the grass.",))
+ROOT = Path(__file__).resolve().parents[2]
+IMAGES = 6
+SAMPLES = 3 * IMAGES
+
+
+def _contexts(path: Path) -> Path:
+    rows = [
+        {"id": f"i{n}", "image": f"i{n}.jpg", "captions": [f"Dog number {n} runs over the grass."]}
+        for n in range(IMAGES)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def result(request: dict[str, Any], text: str | None = None, **response: Any) -> dict[str, Any]:
+    """What OpenAI's batch API writes for a request."""
+    body = request["body"]
+    said = in_format(body, int(request["custom_id"][:6], 16)) if text is None else text
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}
+    usage = {"prompt_tokens": 100, "completion_tokens": 50, "total_tokens": 150}
+    completion = {"id": "c", "object": "chat.completion", "model": body["model"], "choices": [choice]}
+    done = {"status_code": 200, "request_id": "r", "body": {**completion, "usage": usage}, **response}
+    return {"id": "b", "custom_id": request["custom_id"], "response": done, "error": None}
+
+
+def failed(request: dict[str, Any], how: int) -> dict[str, Any]:
+    """The three ways in which a result tells that there is none."""
+    expired = {"code": "batch_expired", "message": "This request could not be executed in time."}
+    if how == 0:
+        return {"id": "b", "custom_id": request["custom_id"], "response": None, "error": expired}
+    if how == 1:
+        return result(request, status_code=429, body={"error": {"message": "slow down"}})
+    return result(request, body={"choices": []})
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_from_the_first_file_to_the_last(tmp_path: Path) -> None:
+    storage = tmp_path / "storage"
+    command = [
+        sys.executable, "pipelines/generate.py", "--storage", str(storage), "--teacher", "batch",
+        "--input", str(_contexts(tmp_path / "contexts.jsonl")), "--model", "m", "--kinds", "1:1:1",
+    ]  # fmt: skip
+
+    def run(code: int, *results: Path) -> str:
+        more = ["--batch-results", *map(str, results)] if results else []
+        job = subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True)
+        assert job.returncode == code, job.stdout + job.stderr[-3000:]
+        return job.stdout
+
+    def requests() -> list[dict[str, Any]]:
+        [path] = storage.glob("steps/generate-*/batch/requests-*.jsonl")
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    assert "To be given to the batch API" in run(3)
+    asked = requests()
+    assert len({row["custom_id"] for row in asked}) == SAMPLES
+    assert {(row["method"], row["url"]) for row in asked} == {("POST", "/v1/chat/completions")}
+
+    # What comes first: a part, with errors, a refusal, lines of another batch, and cut at its end.
+    good, broken, refused = asked[: SAMPLES // 2], asked[-4:-1], asked[-1]
+    rows = [*map(result, good), *(failed(row, how) for how, row in enumerate(broken))]
+    rows += [
+        result(refused, "I'm sorry, but I cannot help with that."),
+        result(good[0] | {"custom_id": "f" * 64}),
+    ]
+    part = tmp_path / "part.jsonl"
+    part.write_text("\n\n".join(map(json.dumps, rows)) + '\n{"id": "b", "custom_id": "')
+    said = run(3, part)
+    for count in ("'read': 10", "'failed': 3", "'foreign': 1", "'cut': 1"):
+        assert count in said
+    left = requests()
+    assert len(left) == SAMPLES - len(good)
+    again = [row for row in left if row["custom_id"] not in {row["custom_id"] for row in asked}]
+    assert [row["body"]["messages"] for row in again] == [refused["body"]["messages"]]
+
+    rest = tmp_path / "rest.jsonl.gz"
+    rest.write_bytes(gzip.compress("".join(json.dumps(result(row)) + "\r\n" for row in left).encode()))
+    assert "'known': 13" in run(0, rest, part)  # what had failed in it is known now
+    [table] = storage.glob("steps/generate-*/samples.parquet")
+    samples = pq.read_table(table).to_pylist()
+    assert Counter(row["kind"] for row in samples) == dict.fromkeys(KINDS, IMAGES)
+    assert {(row["teacher"], row["model"], row["prompt_tokens"]) for row in samples} == {("batch", "m", 100)}
+    assert len({row["id"] for row in samples}) == SAMPLES
+    assert not list(storage.glob("steps/generate-*/batch/*"))
+
+
+def _read(folder: Path, content: bytes) -> dict[str, int]:
+    requests = Requests(Generation(teacher="batch", model="m"), PromptSet.load())
+    known = {request.digest: request for request in (requests.of(Task(kind, 0, DOG)) for kind in KINDS)}
+    path = folder / "results.jsonl"
+    path.write_bytes(content)
+    cache = AnswerCache(Storage(str(folder / "storage")))
+    try:
+        return read_batch_results(str(path), known.get, cache)
+    finally:
+        cache.close()
+
+
+def _requests() -> list[dict[str, Any]]:
+    requests = Requests(Generation(teacher="batch", model="m"), PromptSet.load())
+    return [json.loads(line) for line in batch_lines(requests.of(Task(kind, 0, DOG)) for kind in KINDS)]
+
+
+def test_any_line_is_counted_or_named(tmp_path: Path) -> None:
+    """Damaged result files: no crash, no answer that the API did not give, and the line of the fault."""
+    rng = random.Random(1)
+    whole = [json.dumps(result(row)).encode() for row in _requests()]
+    outcomes: Counter[str] = Counter()
+    for number in range(300):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        lines = [_damaged(line, rng) if rng.random() < 0.4 else line for line in whole]
+        try:
+            counts = _read(folder, b"\r\n".join(lines))
+        except DataError as error:
+            outcomes["refused" if re.search("line [1-3] is not a result", str(error)) else str(error)] += 1
+        else:
+            assert sum(counts.values()) <= len(lines)
+            outcomes.update({name: 1 for name, count in counts.items() if count})
+    assert outcomes.keys() == {"read", "refused", "cut", "failed", "foreign"}
+
+
+def _damaged(line: bytes, rng: random.Random) -> bytes:
+    at = rng.randrange(len(line))
+    values = ("null", "7", "[]", '"x"', "{}", '{"error": null}')
+    keys = ("response", "body", "choices", "message", "content", "usage", "custom_id", "error", "status_code")
+    row = json.loads(line)
+    place = rng.choice([row, row["response"], row["response"]["body"], row["response"]["body"]["choices"][0]])
+    place[rng.choice(keys)] = json.loads(rng.choice(values))
+    return rng.choice([line[:at], line[at:], json.dumps(row).encode(), rng.choice(values).encode()])
+
+
+def test_results_given_twice_change_nothing(tmp_path: Path) -> None:
+    first, second = ("\n".join(json.dumps(result(row, words)) for row in _requests()) for words in ("A", "B"))
+    assert _read(tmp_path, first.encode())["read"] == 3
+    assert _read(tmp_path, second.encode()) == {"read": 0, "known": 3, "failed": 0, "foreign": 0, "cut": 0}
