@@ -30,7 +30,7 @@ STAGES = [
 FAULTS: list[dict[str, Any]] = [case | {"workers": 2, "steps": 60} for case in STAGES]
 # Slow learning: what differs in rounding between one worker and two stays as small as it is.
 ELASTIC = {
-    **{"name": "elastic", "stage": "finetune", "workers": [1, 2], "steps": 250},
+    **{"name": "elastic", "stage": "finetune", "workers": [1, 2], "steps": 800},
     "settings": {"zero": 3, "lr": 3e-4},
 }
 
