@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 LOCKED := -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo smol test test-unit lint format bench clean
+.PHONY: help setup demo smol test test-all test-unit lint format bench clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,8 +28,11 @@ smol: $(STAMP) ## real weights and real images on a laptop, into runs/smol (docs
 	@$(BIN)/python pipelines/fetch_smol.py --to runs/smol-assets
 	@$(BIN)/python pipelines/full.py --recipe smol --storage runs/smol
 
-test: $(STAMP) ## all tests
+test: $(STAMP) ## the tests
 	$(BIN)/python -m pytest
+
+test-all: $(STAMP) ## and those that repeat a proof for every setting (some minutes more)
+	$(BIN)/python -m pytest -m ""
 
 test-unit: $(STAMP) ## only what is quick and starts no cluster
 	$(BIN)/python -m pytest -m "not slow and not ray"

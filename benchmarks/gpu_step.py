@@ -76,7 +76,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--attention", nargs="+", choices=["varlen", "flex", "sdpa"], help="candidates")
     parser.add_argument("--no-compile", action="store_true", help="never use torch.compile")
     parser.add_argument("--steps", type=int, default=8, help="measured steps of a trial (default: 8)")
-    parser.add_argument("--warm-up", type=int, default=3, help="steps before those (default: 3)")
+    parser.add_argument("--warm-up", type=int, default=5, help="steps before those (default: 5)")
     parser.add_argument(
         "--budget-seconds", type=float, default=480, help="no new trial is begun later (default: 480)"
     )

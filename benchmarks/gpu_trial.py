@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import bench_support  # puts platform/ on the path
@@ -16,9 +16,9 @@ from gpu_shapes import SHAPES, Shape
 from lengths import StageName, describe_lengths, quantile_lengths
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rayva.model.batch import Batch, Row, collate_packed
+from rayva.model.attention import isolate_samples
+from rayva.model.batch import Batch, Row, collate_flat, collate_packed
 from rayva.model.freeze import apply_freeze_policy
 from rayva.model.projector import build_projector
 from rayva.model.vlm import VisionLanguageModel
@@ -98,19 +98,16 @@ def train(work: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Packed:
-    """A batch on the device, and what its attention and its figures need."""
+    """A batch on the device, and what its figures need."""
 
     batch: Batch
     lengths: tuple[int, ...]
     supervised: int
-    starts: Tensor
-    """First position of each sample in the flattened rows, and their end; padded with empty samples."""
 
 
 def _train(work: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(work["seed"])
     stage, device, shape = work["stage"], work["device"], SHAPES[work["shape"]]
-    attention = _Varlen(work["row_tokens"]) if work["attention"] == "varlen" else None
     model = _model(shape, work["depth"], work["attention"], device)
     apply_freeze_policy(model, "projector" if stage == "pretrain" else "all")
     _set_recompute(model, work["recompute"])
@@ -122,8 +119,6 @@ def _train(work: dict[str, Any]) -> dict[str, Any]:
     optimizer = MasterAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
 
     def step(packed: Packed) -> Tensor:
-        if attention is not None:
-            attention.set(packed.starts)
         loss_sum, _ = model(packed.batch)
         loss = loss_sum / packed.supervised
         loss.backward()
@@ -187,7 +182,7 @@ def _model(shape: Shape, depth: int, attention: str, device: str) -> VisionLangu
         max_position_embeddings=8192,
         tie_word_embeddings=False,
         use_cache=False,
-        attn_implementation={"flex": "flex_attention", "varlen": _Varlen.NAME}.get(attention, attention),
+        attn_implementation={"flex": "flex_attention"}.get(attention, "sdpa"),
     )
     before = torch.get_default_dtype()
     torch.set_default_dtype(_DTYPE)
@@ -197,6 +192,8 @@ def _model(shape: Shape, depth: int, attention: str, device: str) -> VisionLangu
             projector = build_projector("linear", shape.vision_hidden, shape.hidden)
     finally:
         torch.set_default_dtype(before)
+    if attention == "varlen" and not isolate_samples(language):
+        raise ValueError("variable-length attention does not take this model")
     return VisionLanguageModel(language, projector)
 
 
@@ -208,46 +205,6 @@ def _set_recompute(model: VisionLanguageModel, share: float) -> None:
     layers = model.language.model.layers
     for number, layer in enumerate(layers):
         layer.gradient_checkpointing = number < round(share * len(layers))
-
-
-class _Varlen:
-    """Attention inside each sample with torch's variable-length flash kernel, as a kind of transformers'.
-
-    The starts of samples lie in one tensor of fixed size, whose content changes: nothing is compiled anew.
-    """
-
-    NAME = "bench_varlen"
-
-    def __init__(self, longest: int) -> None:
-        from torch.nn.attention.varlen import varlen_attn
-
-        self._starts: Tensor | None = None
-        ALL_ATTENTION_FUNCTIONS.register(self.NAME, self._attend)
-        self._varlen, self._longest = varlen_attn, longest
-
-    def set(self, starts: Tensor) -> None:
-        """Takes the starts [most samples + 1] of the next batch."""
-        if self._starts is None:
-            self._starts = torch.empty_like(starts)
-        self._starts.copy_(starts)
-
-    def _attend(
-        self,
-        module: nn.Module,
-        query_BATD: Tensor,
-        key_BATD: Tensor,
-        value_BATD: Tensor,
-        attention_mask: None,
-        scaling: float | None = None,
-        **unused: Any,
-    ) -> tuple[Tensor, None]:
-        batch, _, length, _ = query_BATD.shape
-        flat = [x.transpose(1, 2).flatten(0, 1) for x in (query_BATD, key_BATD, value_BATD)]
-        out = self._varlen(
-            *flat, self._starts, self._starts, self._longest, self._longest,
-            scale=scaling, window_size=(-1, 0), enable_gqa=flat[0].shape[1] != flat[1].shape[1],
-        )  # fmt: skip
-        return out.unflatten(0, (batch, length)), None
 
 
 class MasterAdamW:
@@ -292,17 +249,24 @@ def _batch(work: dict[str, Any], shape: Shape, rng: random.Random) -> Packed:
     text = quantile_lengths(stage, 64 * wanted, work["text_scale"])
     lengths = [min(room, shape.image_tokens + length) for length in text]
     rng.shuffle(lengths)
-    packed = pack(lengths, room)
-    chosen = rng.sample(packed, wanted)
-    rows = [[_row(stage, lengths[i], shape, rng) for i in row] for row in chosen]
-    sizes = [[lengths[i] for i in row] for row in chosen]
-    batch = _pad_to(collate_packed(rows, shape.vision_hidden), room)
+    sizes = [[lengths[i] for i in row] for row in rng.sample(pack(lengths, room), wanted)]
+    rows = [[_row(stage, size, shape, rng) for size in row] for row in sizes]
+    if work["attention"] == "varlen":
+        batch = _flat(rows, sizes, room, shape)
+    else:
+        batch = _pad_to(collate_packed(rows, shape.vision_hidden), room)
+    batch = replace(batch, features_MD=batch.features_MD.to(_DTYPE)).to(torch.device(work["device"]))
     supervised = int((batch.labels_BT[:, 1:] != IGNORE_INDEX).sum())
-    device = torch.device(work["device"])
-    flat = tuple(length for row in sizes for length in row)
-    features = batch.features_MD.to(_DTYPE)
-    moved = Batch(batch.input_ids_BT, batch.labels_BT, features, None, batch.position_ids_BT).to(device)
-    return Packed(moved, flat, supervised, _starts(sizes, room, shape).to(device))
+    return Packed(batch, tuple(size for row in sizes for size in row), supervised)
+
+
+def _flat(rows: list[list[Row]], sizes: list[list[int]], room: int, shape: Shape) -> Batch:
+    """All samples in one row of one length for all batches: what is left over is a sample without a label."""
+    padding = len(rows) * room - sum(size for row in sizes for size in row)
+    samples = [sample for row in rows for sample in row]
+    if padding:
+        samples.append(Row([0] * padding, [IGNORE_INDEX] * padding, None))
+    return collate_flat(samples, shape.vision_hidden)
 
 
 def _row(stage: StageName, length: int, shape: Shape, rng: random.Random) -> Row:
@@ -328,14 +292,3 @@ def _pad_to(batch: Batch, length: int) -> Batch:
         None,
         torch.cat([positions_BT, more], dim=1),
     )
-
-
-def _starts(sizes: list[list[int]], room: int, shape: Shape) -> Tensor:
-    """Starts of samples in the flattened rows, padding being a sample of its own; then empty ones."""
-    starts = [0]
-    for row in sizes:
-        padding = room - sum(row)
-        for size in [*row, padding] if padding else row:
-            starts.append(starts[-1] + size)
-    most = len(sizes) * (room // shape.image_tokens + 2)
-    return torch.tensor(starts + [starts[-1]] * (most + 1 - len(starts)), dtype=torch.int32)

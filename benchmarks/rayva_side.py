@@ -6,7 +6,6 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from rayva.training.inline import InlineFeatures
 from rayva.training.loop import TrainJob, train
 from rayva.training.plan import TrainingPlan
 from rayva.training.resume import Metrics, SavedCheckpoint
+from rayva.training.store import CheckpointStore
 from rayva.vision.decode import decode_image
 from rayva.vision.towers import VisionTower, load_tower
 
@@ -155,24 +155,10 @@ def make_job(
 
 
 @dataclass
-class FolderCheckpoint:
-    """A checkpoint in a local folder."""
-
-    folder: Path
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
-    def open(self) -> AbstractContextManager[Path]:
-        return nullcontext(self.folder)
-
-
-@dataclass
 class TimedHooks:
-    """Keeps the moment and the metrics of every step; checkpoints become folders under `root`."""
+    """Keeps the moment and the metrics of every step; checkpoints lie in `store`, if there is one."""
 
-    root: Path | None = None
+    store: CheckpointStore | None = None
     moments: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     metrics: list[Metrics] = field(default_factory=list)
@@ -185,22 +171,14 @@ class TimedHooks:
         self.steps.append(step)
 
     def on_checkpoint(self, folder: Path, step: int, metrics: Metrics) -> None:
-        assert self.root is not None
-        target = self.root / f"checkpoint-{step:08d}"
-        scratch = self.root / f".{target.name}"
-        for source in [path for path in folder.rglob("*") if path.is_file()]:
-            destination = scratch / source.relative_to(folder)
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            destination.write_bytes(source.read_bytes())
-        scratch.rename(target)
+        assert self.store is not None
+        self.store.put(folder, step)
 
     def leaving(self) -> bool:
         return False
 
     def checkpoints(self) -> Sequence[SavedCheckpoint]:
-        if self.root is None:
-            return []
-        return [FolderCheckpoint(folder) for folder in sorted(self.root.glob("checkpoint-*"), reverse=True)]
+        return [] if self.store is None else self.store.checkpoints()
 
     def seconds(self, warm_up: int) -> float:
         """Time of all steps after the first `warm_up`."""

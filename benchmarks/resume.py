@@ -14,6 +14,7 @@ import json
 import signal
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def _options() -> argparse.Namespace:
 
 
 def _measure(options: argparse.Namespace, setting: Setting) -> dict[str, Any]:
-    saved = max(2, options.warm_up)  # a checkpoint at every step might be under way at the kill
+    saved = max(2, options.warm_up)
     samples = (saved + options.steps) * options.batch_size
     synthetic.make_tokenizer().save_pretrained(setting.file("tokenizer"))
     synthetic.write_images(setting, samples)
@@ -58,7 +59,7 @@ def _measure(options: argparse.Namespace, setting: Setting) -> dict[str, Any]:
         work = models | {"store": store, "threads": options.threads}
         fresh = _run(work | {"root": str(setting.file(f"{name}-whole"))}, kill_after=None)
         faulty = work | {"root": str(setting.file(f"{name}-killed"))}
-        _run(faulty, kill_after=saved + 1)
+        _run(faulty | {"wait_after": saved + 1}, kill_after=saved + 1)
         resumed = _run(faulty, kill_after=None)
         assert resumed["steps"][0] == saved + 1, "training did not go on from its checkpoint"
         identical = resumed["losses"] == fresh["losses"][saved:]
@@ -67,22 +68,22 @@ def _measure(options: argparse.Namespace, setting: Setting) -> dict[str, Any]:
 
 
 def _run(work: dict[str, Any], kill_after: int | None) -> dict[str, Any]:
-    """Runs a training to its end, or kills it once that many steps are done."""
+    """Runs a training to its end, or kills it once that many steps are done and the checkpoint is stored."""
     started = time.time()
     process = support.start_child(__file__, work)
-    moments, steps, losses, trained_from = [], [], [], 0.0
+    moments, steps, losses, trained_from, saved = [], [], [], 0.0, False
     assert process.stdout is not None
     for line in process.stdout:
         kind, _, rest = line.partition(" ")
         if kind == "TRAIN":
             trained_from = float(rest) - started
-        if kind != "STEP":
-            continue
-        step, moment, loss = rest.split()
-        steps.append(int(step))
-        moments.append(float(moment) - started)
-        losses.append(float.fromhex(loss))
-        if kill_after is not None and steps[-1] >= kill_after:
+        if kind == "STEP":
+            step, moment, loss = rest.split()
+            steps.append(int(step))
+            moments.append(float(moment) - started)
+            losses.append(float.fromhex(loss))
+        saved = saved or kind == "SAVED"
+        if kill_after is not None and saved and steps and steps[-1] == kill_after:
             process.send_signal(signal.SIGKILL)
     code = process.wait()
     if code != (0 if kill_after is None else -signal.SIGKILL):
@@ -90,17 +91,28 @@ def _run(work: dict[str, Any], kill_after: int | None) -> dict[str, Any]:
     return {"steps": steps, "losses": losses, "moments": moments, "train_called": trained_from}
 
 
+@dataclass
 class _TellingHooks(rayva_side.TimedHooks):
+    wait_after: int | None = None
+
     def on_metrics(self, step: int, metrics: dict[str, float]) -> None:
         super().on_metrics(step, metrics)
         print(f"STEP {step} {time.time()} {metrics['loss'].hex()}", flush=True)
+        if step == self.wait_after:
+            time.sleep(3600)  # to be killed here, as soon as the checkpoint's upload is through
+
+    def on_checkpoint(self, folder: Path, step: int, metrics: dict[str, float]) -> None:
+        super().on_checkpoint(folder, step, metrics)
+        print(f"SAVED {step}", flush=True)
 
 
 def _child(work: dict[str, Any]) -> None:
     import torch
 
+    from rayva.storage import Storage
     from rayva.training.engine import init_distributed
     from rayva.training.loop import train
+    from rayva.training.store import CheckpointStore
 
     support.set_threads(work["threads"])
     setting = Setting(**work["setting"])
@@ -108,11 +120,11 @@ def _child(work: dict[str, Any]) -> None:
     features = rayva_side.stored_features(setting, setting.root, work["store"])
     source = rayva_side.source_of(setting, work["name"], work["name"], features)
     stage = rayva_side.stage_settings(work["name"], **work["stage"])
-    root = Path(work["root"])
-    root.mkdir(exist_ok=True)
+    store = CheckpointStore(Storage(work["root"]), "checkpoints", keep_last=2, keep_best=0)
+    store.start()
     job = rayva_side.make_job(setting, stage, source, work["name"])
     print(f"TRAIN {time.time()}", flush=True)
-    train(job, _TellingHooks(root))
+    train(job, _TellingHooks(store, wait_after=work.get("wait_after")))
 
 
 def _body(options: argparse.Namespace, figures: dict[str, Any]) -> str:

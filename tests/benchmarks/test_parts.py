@@ -8,14 +8,11 @@ import math
 import random
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,55 +56,27 @@ def test_flops_are_those_that_torch_counts(part: Any, stage: str, depth: int) ->
     assert products == ours - ours_attention
 
 
-def test_variable_length_attention_is_that_of_each_sample_alone(
-    part: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_rows_without_a_mask_have_the_loss_of_rows_with_one(
+    part: Any, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    """The CUDA kernel's place is taken by a loop over samples; all around it is what runs on a GPU."""
-    varlen = pytest.importorskip("torch.nn.attention.varlen")
-    calls = []
-
-    def attend(*tensors: Any, **options: Any) -> Tensor:
-        calls.append(options)
-        return _one_by_one(*tensors, **options)
-
-    monkeypatch.setattr(varlen, "varlen_attn", attend)
     trial, shape = part("gpu_trial"), part("gpu_shapes").SHAPES["tiny"]
-    work: dict[str, Any] = {"stage": "finetune", "device": "cpu", "shape": "tiny"}
-    work |= {"rows": 2, "row_tokens": 128, "text_scale": 0.2}
     monkeypatch.setattr(trial, "_DTYPE", torch.float32)
-    kernel = trial._Varlen(work["row_tokens"])
-    losses = []
+    work: dict[str, Any] = {"stage": stage, "device": "cpu", "rows": 2, "row_tokens": 128, "text_scale": 0.2}
+    losses, shapes = [], set()
     for attention in ("varlen", "sdpa"):
         torch.manual_seed(0)
         model = trial._model(shape, 3, attention, "cpu")
         torch.nn.init.normal_(model.language.lm_head.weight)
         for number in range(2):
             torch.manual_seed(number)
-            packed = trial._batch(work, shape, random.Random(number))
+            packed = trial._batch(work | {"attention": attention}, shape, random.Random(number))
             assert len(packed.lengths) > work["rows"]
-            kernel.set(packed.starts)
+            shapes.add(tuple(packed.batch.input_ids_BT.shape))
             losses.append(model(packed.batch)[0].item())
     assert losses[:2] == pytest.approx(losses[2:], rel=1e-5)
     assert losses[0] != losses[1]
-    assert len(calls) == 2 * 3
-
-
-def _one_by_one(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, _: Tensor, *lengths: int, **options: Any
-) -> Tensor:
-    assert options["window_size"] == (-1, 0)
-    out = torch.zeros_like(query)
-    bounds = starts.tolist()
-    assert bounds[-1] == len(query)
-    for start, stop in pairwise(bounds):
-        if start == stop:
-            continue
-        own = (tensor[start:stop].transpose(0, 1)[None] for tensor in (query, key, value))
-        mixed = scaled_dot_product_attention(
-            *own, is_causal=True, scale=options["scale"], enable_gqa=options["enable_gqa"]
-        )
-        out[start:stop] = mixed[0].transpose(0, 1)
-    return out
+    assert shapes == {(1, 256), (2, 128)}
 
 
 def test_master_weights_move_as_adamw_in_fp32_does(part: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 from rayva.errors import RayvaError, StorageError, TrainingError
 from rayva.orchestration.faults import user_error
 from rayva.orchestration.pipeline import STEPS, Step, make_plan, pick, run_job
-from rayva.orchestration.summary import record_served, summary_text
+from rayva.orchestration.summary import build_summary, record_served, summary_text
 from rayva.recipes import resolve
 from rayva.steps import StepFolder, step_digest
 from rayva.storage import Storage
@@ -150,6 +150,18 @@ def test_the_summary_says_what_was_made(storage: Storage) -> None:
     assert "90.0%" in text
     assert "mlflow ui --backend-store-uri sqlite:///x" in text
     assert str(storage.root) in text
+
+
+def test_the_summary_tells_the_visits_of_a_mix(storage: Storage) -> None:
+    recipe = resolve("tiny")
+    assert build_summary(recipe, storage, {}, set())["datasets"] == {}
+    counts = {"science": {"samples": 6000, "visited": 12000}}
+    folder = StepFolder(storage, "finetune", "0" * 64)
+    folder.finish({"datasets": counts}, {}, 1.0, {"mlflow": None, "code": {"commit": "abc"}})
+    summary = build_summary(recipe, storage, {"finetune": (folder, folder.manifest())}, set())
+    assert summary["datasets"] == {"finetune": counts}
+    told = "finetune, dataset science: 6,000 samples visited 12,000 times"
+    assert told in summary_text(summary, storage)
 
 
 def test_served_answers_stay_as_long_as_the_export_is_the_same(storage: Storage) -> None:

@@ -1,7 +1,7 @@
 """One rank of a distributed run without Ray: trains every given case up to a step, and tells its losses.
 
-Arguments: a JSON list of cases (`name`, `settings` of the stage, `stop_after`), and the folder that holds
-their checkpoints. The process group comes from the environment, as torchrun sets it.
+Arguments: the folder that holds their checkpoints, and a JSON list of cases (`name`, `settings` of the stage,
+`stop_after`). The process group comes from the environment, as torchrun sets it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def run(case: dict[str, Any], root: Path, rank: int) -> None:
             file.write(json.dumps([metrics["loss"] for metrics in hooks.metrics]) + "\n")
 
 
-def main(cases: list[dict[str, Any]], root: Path) -> None:
+def main(root: Path, cases: list[dict[str, Any]]) -> None:
     torch.set_num_threads(1)
     init_distributed(torch.device("cpu"))
     for case in cases:
@@ -40,4 +40,4 @@ def main(cases: list[dict[str, Any]], root: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rayva.errors import RecipeError
-from rayva.model.freeze import apply_freeze_policy
-from rayva.model.lora import add_adapters, has_adapters, merged_state, remove_adapters, save_adapter
+from rayva.model.freeze import apply_freeze_policy, is_adapter
+from rayva.model.lora import add_adapters, merged_state, remove_adapters, save_adapter
 from rayva.model.vlm import VisionLanguageModel
 from rayva.recipes.schema import Lora
 
@@ -79,7 +79,7 @@ def test_merged_weights_answer_as_the_adapted_model(tmp_path: Path) -> None:
     expected = _logits(language)
     merged = merged_state(language.state_dict(keep_vars=True), LORA)
     remove_adapters(language)
-    assert not has_adapters(language)
+    assert not any(is_adapter(name) for name, _ in language.named_parameters())
     assert set(merged) == set(_base().state_dict())
     language.save_pretrained(tmp_path, state_dict={name: t.detach() for name, t in merged.items()})
     loaded = LlamaForCausalLM.from_pretrained(tmp_path)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from rayva.errors import RecipeError
 from rayva.recipes import from_dict, require_runnable, resolve, to_dict
 from rayva.recipes.named import NAMED
+from rayva.recipes.schema import Dataset
 
 
 def fault(*overrides: str, name: str = "tiny", config: str | None = None) -> str:
@@ -183,6 +184,111 @@ def test_missing_data_is_named_before_a_run_starts() -> None:
         resolve("llava-7b", None, ["data.pretrain_json=a.json", "data.finetune_json=s3://b/c.json"])
     )
     require_runnable(resolve("tiny"))
+
+
+def mix(text: str) -> str:
+    return fault(f"data.finetune_mix={text}", name="llava-7b")
+
+
+@pytest.mark.parametrize(
+    ("weight", "told"),
+    [
+        ("0", "a number > 0"),
+        ("-1", "a number > 0"),
+        (".nan", "a number"),
+        ("NaN", "a number"),
+        (".inf", "a number"),
+        ("1e999", "a finite number"),
+        ("true", "a number"),
+        ("two", "a number"),
+    ],
+)
+def test_a_bad_weight_in_a_mix_names_its_place(weight: str, told: str) -> None:
+    message = mix(f"[{{path: a.json}}, {{path: b.json, weight: {weight}}}]")
+    assert message.startswith(f"data.finetune_mix.1.weight: expected {told}")
+
+
+def test_a_weight_that_is_no_number_is_refused_from_python_too() -> None:
+    settings = to_dict(resolve("llava-7b"))
+    settings["data"]["finetune_mix"] = [{"path": "a.json", "weight": float("nan")}]
+    with pytest.raises(RecipeError, match=r"data\.finetune_mix\.0\.weight: expected a finite number"):
+        from_dict(settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[{path: a.json, wieght: 2}]", "no key 'data.finetune_mix.0.wieght'; the nearest is 'weight'"),
+        ("[{pth: a.json}]", "the nearest is 'path'"),
+        ("[{images: a}]", "data.finetune_mix.0.path is missing"),
+        ("{path: a.json}", "data.finetune_mix: expected a list"),
+        ("[a.json]", "data.finetune_mix.0: expected a section"),
+        ("[{path: a.json, name: 'x/y'}]", "letters, digits"),
+        ("[{path: a.json, name: ..}]", "letters, digits"),
+        ("[{path: a, format: parquet}]", "'llava' or 'captions'"),
+        ("[{path: a, format: captions, images: b}]", "no `images` beside format=captions"),
+    ],
+)
+def test_a_mix_that_cannot_be_used_is_a_clear_error(text: str, told: str) -> None:
+    assert told in mix(text)
+
+
+@pytest.mark.parametrize(
+    ("path", "label"),
+    [
+        ("a/llava_158k.json", "llava_158k"),
+        ("s3://bucket/set v2.jsonl.gz", "set_v2"),
+        ("/data/pictures/", "pictures"),
+        (".hidden", "hidden"),
+        ("../..", "data"),
+    ],
+)
+def test_a_dataset_is_called_by_its_file(path: str, label: str) -> None:
+    assert Dataset(path=path).label == label
+
+
+def test_a_mix_survives_json_and_stands_for_the_file_of_its_stage() -> None:
+    overrides = (
+        "data.pretrain_json=p.json",
+        "data.finetune_mix=[{path: a/x.v1.json.gz, weight: 2}, {path: s3://b/c/, format: captions}]",
+    )
+    recipe = resolve("llava-7b", None, overrides)
+    require_runnable(recipe)
+    assert from_dict(json.loads(json.dumps(to_dict(recipe)))) == recipe
+    assert [(one.label, one.weight) for one in recipe.data.datasets("finetune")] == [
+        ("x.v1", 2.0),
+        ("c", 1.0),
+    ]
+    assert [one.label for one in recipe.data.datasets("pretrain")] == ["p"]
+    assert not resolve("llava-7b", None, ["data.pretrain_json=p.json"]).data.datasets("pretrain")
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("data.finetune_mix=[{path: a.json}, {path: b/a.json}]", "are called a"),
+        ("data.finetune_json=q.json", "are both set"),
+        ("data.finetune_images=dir", "are both set"),
+        ("data.source=captions", "but data.source is 'captions'"),
+    ],
+)
+def test_a_mix_that_contradicts_other_settings_is_refused_before_a_run(override: str, told: str) -> None:
+    overrides = ["data.pretrain_json=p.json", "data.finetune_mix=[{path: a.json}]", override]
+    with pytest.raises(RecipeError, match=told):
+        require_runnable(resolve("llava-7b", None, overrides))
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("finetune.lengths.min_tokens=0", "a number >= 1"),
+        ("finetune.lengths.mintokens=3", "the nearest is 'finetune.lengths.min_tokens'"),
+        ("finetune.lengths={min_tokens: 9, max_tokens: 3}", "min_tokens <= max_tokens"),
+        ("finetune.lengths={min_answer_tokens: 9, max_answer_tokens: 3}", "min_answer_tokens <= max"),
+    ],
+)
+def test_limits_of_length_are_checked(override: str, told: str) -> None:
+    assert told in fault(override)
 
 
 def test_offload_needs_sharding() -> None:

@@ -127,13 +127,13 @@ PIECES = (
 TEXT = st.lists(st.sampled_from(PIECES), max_size=9).map("".join)
 # The original takes these in a question for the end of the question, and learns a part of it.
 ENDS = ("ASSISTANT:", "[/INST]")
-QUESTION = TEXT.filter(lambda text: text.strip() and not any(end in text for end in ENDS))
+QUESTION = TEXT.filter(lambda text: not any(end in text for end in ENDS))
 PLACES = ("<image>\n{}", "{}\n<image>", "{} <image> {}", "<image>\n<image>\n{}", "<image>")
 
 
 @st.composite
 def llava_rows(draw: st.DrawFn, max_rounds: int) -> dict[str, Any]:
-    """With an image in some turn or without; with a greeting, empty answers, a last question."""
+    """With an image in some turn or without; with a greeting, empty turns, a last question."""
     questions = draw(st.lists(QUESTION, min_size=1, max_size=max_rounds))
     image = draw(st.sampled_from([None, 0, 0, len(questions) - 1]))
     if image is not None:
@@ -155,6 +155,9 @@ def test_random_rows_are_read_as_the_original_reads_them(
     @given(llava_rows(max_rounds=1 if name == "plain" else 3))
     def check(row: dict[str, Any]) -> None:
         assume(not has_control_text(row))
+        texts = {turn["value"] for turn in row["conversations"]}
+        # Behind an empty question the original takes them in an answer for the answer's beginning.
+        assume("" not in texts or not any(end in text for text in texts for end in ENDS))
         try:
             prompt, input_ids, labels = original.read(name, row, tokenizer)
         except AssertionError:

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from rayva.text.conversation import IMAGE, Message
 from rayva.text.encode import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode_prompt, encode_sample
 from rayva.text.templates import get_template
-from tests.text.test_masks import conversations, expected_runs, supervised_runs
+from tests.text.test_masks import conversations, expected_runs, supervised_runs, without_an_empty_end
 
 PACKAGE = "llama-tokenizer-js@1.2.2"
 
@@ -161,6 +161,8 @@ def test_random_conversations(
         encoded = encode_sample(messages, template, llama)
         decoded = [decode_in_context(llama, run) for run in supervised_runs(encoded)]
         assert decoded == expected_runs(name, messages, "</s>")
+        if name == "llama_2" and without_an_empty_end(messages) is not messages:
+            messages = list(without_an_empty_end(messages))
         last = max(index for index, message in enumerate(messages) if message.role == "assistant")
         if not messages[last].text and last < len(messages) - 1:
             return  # v1 and llama_2 write no end marker for it, as the original does

@@ -46,8 +46,18 @@ def supervised_runs(encoded: Encoded) -> list[list[int]]:
     return [list(run) for supervised, run in runs if supervised]
 
 
+def without_an_empty_end(messages: Sequence[Message]) -> Sequence[Message]:
+    """An empty question behind an answer, and what follows it if that is empty too, is not written."""
+    kept = list(messages)
+    while kept and not any(kept[-1].content):
+        kept.pop()
+    return kept if kept and kept[-1].role == "assistant" else messages
+
+
 def expected_runs(name: str, messages: Sequence[Message], eos: str) -> list[str]:
     """What the model must produce, by the definition of each template."""
+    if name == "llama_2":
+        messages = without_an_empty_end(messages)
     last = len(messages) - 1
     runs = []
     for index, message in enumerate(messages):

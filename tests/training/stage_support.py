@@ -42,30 +42,33 @@ class RecordingTracker:
 def tiny_recipe(workers: int = 1, **stage: Any) -> Recipe:
     """A recipe over the inputs of `finished_inputs`."""
     common = {
+        "lr": 1e-2,
         "epochs": 1,
         "batch_size": 8,
         "micro_batch_size": 4,
         "precision": "float32",
         "checkpoint_every": 4,
     } | stage
+    lora = common.pop("lora", {})
     return Recipe(
         name="test",
         vision=Vision(path="vision", image_size=SIDE),
         conversation=Conversation(template="v1", pretrain_template="plain", system="", max_tokens=64),
-        pretrain=Stage(train="projector", lr=1e-2, **common),
-        finetune=Stage(train="all", lr=1e-2, **common),
+        pretrain=Stage(train="projector", **common),
+        finetune=Stage(train="all", lora=lora, **common),
         scaling=Scaling(workers=workers, cpus_per_worker=1, max_failures=1),
     )
 
 
-def _folder(storage: Storage, name: str) -> StepFolder:
+def step_folder(storage: Storage, name: str) -> StepFolder:
+    """A step's folder, whatever its settings and inputs."""
     folder = StepFolder(storage, name, step_digest(name, {}, {}))
     storage.makedirs(folder.rel)
     return folder
 
 
 def _weights(storage: Storage) -> StepFolder:
-    folder = _folder(storage, "weights")
+    folder = step_folder(storage, "weights")
     root = Path(storage.path(folder.rel))
     torch.manual_seed(0)
     text = CLIPTextConfig(
@@ -87,7 +90,7 @@ def _weights(storage: Storage) -> StepFolder:
 
 
 def _features(storage: Storage, weights: StepFolder) -> StepFolder:
-    folder = _folder(storage, "features")
+    folder = step_folder(storage, "features")
     tower = describe_tower(storage.path(weights.join("vision")), "clip", -2, SIDE)
     layout = StoreLayout(tower.num_tokens, tower.hidden_size, tower.describe(), "float32")
     prepare_store(storage, layout)
@@ -105,7 +108,7 @@ def _features(storage: Storage, weights: StepFolder) -> StepFolder:
 def finished_inputs(storage: Storage, samples: int) -> dict[str, StepFolder]:
     """The finished steps weights, data and features; both stages have the same samples."""
     weights = _weights(storage)
-    data = _folder(storage, "data")
+    data = step_folder(storage, "data")
     for stage in ("pretrain", "finetune"):
         pq.write_table(tiny_samples(samples), storage.path(data.join(f"{stage}.parquet")))
     data.finish({}, {}, 0)
@@ -116,12 +119,12 @@ def context(
     storage: Storage, recipe: Recipe, name: str, inputs: dict[str, StepFolder], tracker: RecordingTracker
 ) -> StepContext:
     """The context of a training step."""
-    return StepContext(recipe, storage, _folder(storage, name), inputs, tracker)  # type: ignore[arg-type]
+    return StepContext(recipe, storage, step_folder(storage, name), inputs, tracker)  # type: ignore[arg-type]
 
 
 def pretrained(storage: Storage) -> StepFolder:
     """A finished stage 1: the tiny model's own projector."""
-    folder = _folder(storage, "pretrain")
+    folder = step_folder(storage, "pretrain")
     state = tiny_model().projector.state_dict()
     save_projector(state, Path(storage.path(folder.join("projector.safetensors"))))
     folder.finish({}, {}, 0)

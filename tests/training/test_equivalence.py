@@ -91,7 +91,7 @@ def scenes_reference() -> tuple[list[float], list[list[str]], dict[str, torch.Te
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.thorough)])
 def test_fifty_steps_equal_a_plain_loop_however_the_work_is_split(
     world_size: int,
     scenes_reference: tuple[list[float], list[list[str]], dict[str, torch.Tensor]],

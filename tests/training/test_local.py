@@ -19,7 +19,7 @@ from peft import PeftModel
 from rayva.model.folder import load_assistant
 from rayva.model.language import load_language_model
 from rayva.orchestration.local_training import main
-from rayva.orchestration.pipeline import make_plan
+from rayva.orchestration.pipeline import described, make_plan
 from rayva.recipes import from_dict, to_dict
 from rayva.recipes.schema import Recipe
 from rayva.storage import Storage
@@ -32,14 +32,15 @@ SAMPLES = 48
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
     """A recipe whose steps before training are finished in `tmp_path`/run."""
-    storage = Storage(str(tmp_path / "run"))
-    made = finished_inputs(storage, SAMPLES)
-    weights = Path(storage.path(made["weights"].rel))
+    storage, elsewhere = Storage(str(tmp_path / "run")), Storage(str(tmp_path / "made"))
+    made = finished_inputs(elsewhere, SAMPLES)
+    weights = Path(elsewhere.path(made["weights"].rel))
+    shutil.copytree(elsewhere.path("features"), storage.path("features"))
     changes = {
         "name": "tiny",
         "vision": {"path": str(weights / "vision")},
         "language": {"path": str(weights / "language")},
-        "data": {"source": "scenes", "train_scenes": 10},
+        "data": {"source": "scenes", "train_scenes": 10, "test_scenes": 10},
     }
     settings = to_dict(tiny_recipe())
     for key, value in changes.items():
@@ -48,8 +49,8 @@ def recipe(tmp_path: Path) -> Recipe:
     for planned in make_plan(recipe, storage):
         if planned.step.name in made:
             old = made[planned.step.name]
-            shutil.copytree(storage.path(old.rel), storage.path(planned.folder.rel), dirs_exist_ok=True)
-            planned.folder.finish(old.outputs, {}, 0)
+            shutil.copytree(elsewhere.path(old.rel), storage.path(planned.folder.rel))
+            planned.folder.finish(old.outputs, {}, 0, described(recipe, planned))
     (tmp_path / "recipe.json").write_text(json.dumps(to_dict(recipe)))
     return recipe
 

@@ -6,16 +6,16 @@ images, ids that are missing or repeated. Rows that cannot be used are quarantin
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, cast, get_args
+from itertools import chain
+from typing import cast, get_args
 
 from rayva.data.answer_match import Match, find_part, how_to_grade
 from rayva.data.bundle import DatasetBundle, Lazy
 from rayva.data.json_rows import read_json_rows
-from rayva.data.locations import ImageFolder, parent
+from rayva.data.locations import ImageFolder, absolute, parent
 from rayva.data.quarantine import BadRow, checked_text, rejected
 from rayva.data.schema import (
     IMAGE_PLACEHOLDER,
@@ -90,6 +90,10 @@ def _first_marker_only(text: str) -> str:
     return before + marker + after.replace(IMAGE_PLACEHOLDER, "")
 
 
+HELD_OUT_PREFIX = "held_out://"
+"""Before the ids of the gate's images where they have a folder of their own."""
+
+
 def build(data: Data) -> DatasetBundle:
     """The tables of a recipe whose `data.source` is `llava`.
 
@@ -109,17 +113,37 @@ def build(data: Data) -> DatasetBundle:
                 f"set data.{setting}=PATH (a LLaVA JSON file or JSON Lines; both stages may use one file)",
             )
     rejects: list[Rejected] = []
-    held_out_file = _File("held_out", data) if data.held_out_json else None
-    pretrain, finetune = (_File(stage, data, held_out_file) for stage in ("pretrain", "finetune"))
-    # Rows of the stage-2 file are told of when it is read as samples.
-    asked, asked_rejects = (held_out_file, rejects) if held_out_file else (finetune, [])
+    pretrain_root = data.pretrain_images or parent(str(data.pretrain_json))
+    finetune_root = data.finetune_images or parent(str(data.finetune_json))
+    # Two folders may use one name for two pictures: then stage 1's get ids of their own.
+    prefix = "pretrain://" if absolute(pretrain_root) != absolute(finetune_root) else ""
+    tested = held_out_file(data)
+    same = tested is not None and absolute(tested.root) == absolute(finetune_root)
+    asked = None if tested is None else replace(tested, image_prefix="" if same else HELD_OUT_PREFIX)
+    pretrain = LlavaFile(
+        "data.pretrain_json", str(data.pretrain_json), pretrain_root, data.test_fraction,
+        image_prefix=prefix, held_out_uris=None if asked is None else asked.uris(),
+    )  # fmt: skip
+    finetune = LlavaFile(
+        "data.finetune_json", str(data.finetune_json), finetune_root, data.test_fraction,
+        asks=asked is None, held_out_uris=pretrain.held_out_uris,
+    )  # fmt: skip
+    files = [pretrain, finetune, *([asked] if asked else [])]
     return DatasetBundle(
-        images=Lazy(lambda: _images((pretrain, finetune), asked)),
-        pretrain=Lazy(lambda: (row.sample for row in pretrain.rows(rejects) if row.split == "train")),
-        finetune=Lazy(lambda: (row.sample for row in finetune.rows(rejects) if row.split == "train")),
-        questions=Lazy(lambda: _questions(asked, asked_rejects)),
+        images=Lazy(lambda: distinct(chain.from_iterable(file.images() for file in files))),
+        pretrain=Lazy(lambda: pretrain.samples(rejects)),
+        finetune=Lazy(lambda: finetune.samples(rejects)),
+        questions=Lazy(lambda: asked.questions(rejects) if asked else finetune.questions()),
         rejected=rejects,
     )
+
+
+def held_out_file(data: Data) -> LlavaFile | None:
+    """The file of the gate's questions, where the recipe names one."""
+    if data.held_out_json is None:
+        return None
+    root = data.held_out_images or parent(data.held_out_json)
+    return LlavaFile("data.held_out_json", data.held_out_json, root, 1.0, asks=True, all_held_out=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,69 +159,93 @@ class _Located:
     """The row's own name for the kind of its question."""
 
 
-class _File:
-    """One LLaVA JSON of the recipe with its image folder.
+@dataclass(frozen=True, slots=True)
+class LlavaFile:
+    """One LLaVA JSON with its image folder; rows that cannot be used are left out of everything."""
 
-    Args:
-        held_out: the file whose images are not for training; without one, a hash of names decides.
-    """
+    setting: str
+    """The recipe's key that names it."""
+    uri: str
+    root: str
+    """Its image folder."""
+    test_fraction: float
+    asks: bool = False
+    """Whether its held-out rows become questions."""
+    image_prefix: str = ""
+    dataset: str = ""
+    """Its name in a mix, which then stands before the samples' ids."""
+    held_out_uris: frozenset[str] | None = None
+    """Images that are not for training; None leaves that to a hash of names."""
+    all_held_out: bool = False
+    """Whether the file is the gate's own: nothing in it is trained on."""
 
-    def __init__(
-        self, part: Literal["pretrain", "finetune", "held_out"], data: Data, held_out: _File | None = None
-    ) -> None:
-        self._part = part
-        self.uri, self._folder = _location(part, data)
-        self._held_out = held_out
-        self._test_fraction = data.test_fraction
-        # Two folders may use one name for two pictures: only those of stage 2 have it as their id.
-        same = self._folder.root == _location("finetune", data)[1].root
-        self._prefix = "" if same else f"{part}://"
+    def samples(self, rejects: list[Rejected]) -> Iterator[Sample]:
+        """What is trained on; refused rows are added to `rejects`."""
+        return (row.sample for row in self._rows(rejects) if row.split == "train")
 
-    def rows(self, rejects: list[Rejected]) -> Iterator[_Located]:
-        """The usable rows; the others are added to `rejects`."""
-        ids = UniqueIds()
-        for row in read_json_rows(self.uri, f"data.{self._part}_json"):
+    def images(self) -> Iterator[ImageRecord]:
+        """The images of samples and questions, as often as they occur."""
+        for row in self._rows([]):
+            if row.split == "test" and not (self.asks and _question(row)):
+                continue
+            for image_id, uri in zip(row.sample.image_ids, row.uris, strict=True):
+                yield ImageRecord(image_id, row.split, uri=uri)
+
+    def uris(self) -> frozenset[str]:
+        """All images of the file, whether or not anything is asked about them."""
+        return frozenset(uri for row in self._rows([]) for uri in row.uris)
+
+    def questions(self, rejects: list[Rejected] | None = None) -> Iterator[Question]:
+        """Held-out rows that can be graded; none unless it `asks`. Refused rows are added to `rejects`."""
+        for row in self._rows([] if rejects is None else rejects) if self.asks else ():
+            if row.split == "test" and (question := _question(row)):
+                yield question
+
+    def _rows(self, rejects: list[Rejected]) -> Iterator[_Located]:
+        ids, folder = UniqueIds(), ImageFolder(self.root)
+        for row in read_json_rows(self.uri, self.setting):
             name = f"row-{row.index}"
             try:
                 if row.error:
                     raise BadRow("not_json", row.error)
                 parsed = parse_row(row.value)
                 name = ids.claim(parsed.row_id or name)
-                said = row.value if self._part == "held_out" else {}
-                yield self._locate(name, parsed, _grading(said.get("match"), parsed), _kind(said))
+                said = row.value if self.all_held_out else {}
+                match, kind = _grading(said.get("match"), parsed), _kind(said)
+                yield self._locate(name, parsed, folder, match, kind)
             except BadRow as error:
                 rejects.append(rejected(self.uri, name, error))
 
-    def _locate(self, sample_id: str, row: LlavaRow, match: Match | None, kind: str | None) -> _Located:
-        uris = tuple(self._folder.resolve(image) for image in row.images)
+    def _locate(
+        self, name: str, row: LlavaRow, folder: ImageFolder, match: Match | None, kind: str | None
+    ) -> _Located:
+        uris = tuple(folder.resolve(image) for image in row.images)
+        test = self.all_held_out or self._is_held_out(row.images, uris)
         image_ids = tuple(self._image_id(image) for image in row.images)
-        split: Split = "test" if self._is_held_out(row.images, uris) else "train"
-        return _Located(Sample(sample_id, image_ids, row.turns), uris, split, match, kind)
+        sample_id = f"{self.dataset}/{name}" if self.dataset else name
+        sample = Sample(sample_id, image_ids, row.turns, dataset=self.dataset)
+        return _Located(sample, uris, "test" if test else "train", match, kind)
 
     def _is_held_out(self, images: Sequence[str], uris: Sequence[str]) -> bool:
-        if self._part == "held_out":
-            return True
-        if self._held_out is not None:
-            return not self._held_out.image_uris.isdisjoint(uris)
-        return any(held_out(_normal(image), self._test_fraction) for image in images)
-
-    @functools.cached_property
-    def image_uris(self) -> frozenset[str]:
-        """All images of the file, whether or not anything is asked about them."""
-        return frozenset(uri for row in self.rows([]) for uri in row.uris)
+        if self.held_out_uris is not None:
+            return not self.held_out_uris.isdisjoint(uris)
+        return any(held_out(_normal(image), self.test_fraction) for image in images)
 
     def _image_id(self, name: str) -> str:
-        return name if "://" in name or os.path.isabs(name) else self._prefix + _normal(name)
+        return name if "://" in name or os.path.isabs(name) else self.image_prefix + _normal(name)
+
+
+def distinct(images: Iterable[ImageRecord]) -> Iterator[ImageRecord]:
+    """Every image id once."""
+    seen: set[str] = set()
+    for image in images:
+        if image.image_id not in seen:
+            seen.add(image.image_id)
+            yield image
 
 
 def _normal(name: str) -> str:
     return name.removeprefix("./")
-
-
-def _location(part: str, data: Data) -> tuple[str, ImageFolder]:
-    """A file, and where its images are: in the folder named for them, or beside it."""
-    uri = str(getattr(data, f"{part}_json"))
-    return uri, ImageFolder(getattr(data, f"{part}_images") or parent(uri))
 
 
 def _grading(said: object, row: LlavaRow) -> Match | None:
@@ -220,25 +268,6 @@ def _grading(said: object, row: LlavaRow) -> Match | None:
 def _kind(said: dict[str, object]) -> str | None:
     kind = said.get("kind")
     return checked_text(kind) if isinstance(kind, str) and kind else None
-
-
-def _images(trained: Sequence[_File], asked: _File) -> Iterator[ImageRecord]:
-    """Every image that a training sample or a question uses, once."""
-    seen: set[str] = set()
-    for file in dict.fromkeys((*trained, asked)):
-        for row in file.rows([]):
-            if row.split == "test" and (file is not asked or _question(row) is None):
-                continue
-            for image_id, uri in zip(row.sample.image_ids, row.uris, strict=True):
-                if image_id not in seen:
-                    seen.add(image_id)
-                    yield ImageRecord(image_id, row.split, uri=uri)
-
-
-def _questions(file: _File, rejects: list[Rejected]) -> Iterator[Question]:
-    for row in file.rows(rejects):
-        if row.split == "test" and (question := _question(row)):
-            yield question
 
 
 def _question(row: _Located) -> Question | None:

@@ -55,12 +55,14 @@ class Sample:
 
     `kind` tells where it comes from: "caption" (stage 1), or "conversation", "detail", "complex"
     (the paper's three response types), or "user" for samples from the user's own LLaVA JSON.
+    `dataset` is the name of its dataset in a mix, whose samples lie together; empty without a mix.
     """
 
     sample_id: str
     image_ids: tuple[str, ...]
     turns: tuple[Turn, ...]
     kind: str = "user"
+    dataset: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,7 @@ SAMPLES = pa.schema(
         ("image_ids", pa.list_(pa.string())),
         ("turns", pa.list_(pa.struct([("role", pa.string()), ("text", pa.string())]))),
         ("kind", pa.string()),
+        ("dataset", pa.string()),
     ]
 )
 QUESTIONS = pa.schema(

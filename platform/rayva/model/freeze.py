@@ -5,10 +5,14 @@ from __future__ import annotations
 import logging
 from typing import Literal
 
-from rayva.model.lora import has_adapters, is_adapter
 from rayva.model.vlm import VisionLanguageModel
 
 logger = logging.getLogger(__name__)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter's name is that of a LoRA adapter."""
+    return ".lora_A." in name or ".lora_B." in name
 
 
 def apply_freeze_policy(model: VisionLanguageModel, train: Literal["projector", "all"]) -> int:
@@ -17,8 +21,9 @@ def apply_freeze_policy(model: VisionLanguageModel, train: Literal["projector", 
     Where the language model has adapters, they are trained in its place.
     The vision tower is no part of the model: its features are inputs. Returns the trained parameters' number.
     """
-    adapted = has_adapters(model.language)
-    for name, parameter in model.language.named_parameters():
+    parameters = list(model.language.named_parameters())
+    adapted = any(is_adapter(name) for name, _ in parameters)
+    for name, parameter in parameters:
         parameter.requires_grad_(train == "all" and (is_adapter(name) or not adapted))
     model.projector.requires_grad_(True)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

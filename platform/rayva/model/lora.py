@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rayva.errors import RecipeError
+from rayva.model.freeze import is_adapter
 from rayva.recipes.schema import Lora
 
 _PREFIX = "base_model.model."
@@ -36,16 +37,6 @@ def add_adapters(language: PreTrainedModel, lora: Lora) -> None:
         ) from error
     if isinstance(language.get_output_embeddings(), BaseTunerLayer):
         raise RecipeError("lora.targets names the LM head, which is not adapted", "leave it out")
-
-
-def has_adapters(language: nn.Module) -> bool:
-    """Whether `add_adapters` has been called."""
-    return any(True for _ in _adapted(language))
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a parameter's name is that of an adapter."""
-    return ".lora_A." in name or ".lora_B." in name
 
 
 def adapter_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

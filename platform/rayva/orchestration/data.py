@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rayva.data.bundle import DatasetBundle
 from rayva.data.locations import absolute, file_system, is_folder, open_input
@@ -44,10 +45,14 @@ def run(ctx: StepContext) -> StepResult:
     from rayva.orchestration.pipeline import StepResult
 
     bundle = load_bundle(ctx.recipe.data)
+    by_dataset: dict[Literal["pretrain", "finetune"], Counter[str]] = {
+        "pretrain": Counter(),
+        "finetune": Counter(),
+    }
     tables: tuple[tuple[str, type[Any], Iterable[Any]], ...] = (
         ("images", ImageRecord, bundle.images),
-        ("pretrain", Sample, bundle.pretrain),
-        ("finetune", Sample, bundle.finetune),
+        ("pretrain", Sample, _counted(bundle.pretrain, by_dataset["pretrain"])),
+        ("finetune", Sample, _counted(bundle.finetune, by_dataset["finetune"])),
         ("questions", Question, bundle.questions),
     )
     outputs: dict[str, Any] = {}
@@ -58,6 +63,11 @@ def run(ctx: StepContext) -> StepResult:
     quarantine = ctx.folder.join("quarantine.parquet")
     write_records(ctx.storage, quarantine, Rejected, bundle.rejected)
     outputs["quarantined"] = count_reasons(bundle.rejected)
+    if ctx.recipe.data.is_mix:
+        outputs["datasets"] = {
+            stage: {one.label: counts[one.label] for one in ctx.recipe.data.datasets(stage)}
+            for stage, counts in by_dataset.items()
+        }
     _check(ctx.recipe.data, outputs)
     metrics = {name: float(outputs[name]) for name, _, _ in tables}
     metrics["quarantined"] = float(len(bundle.rejected))
@@ -74,6 +84,11 @@ def load_bundle(data: Data) -> DatasetBundle:
         from rayva.data import emoji
 
         return emoji.build(data)
+    if data.is_mix:
+        from rayva.data import mix
+        from rayva.text.instructions import BRIEF, DETAILED
+
+        return mix.build(data, BRIEF, DETAILED)
     if data.source == "captions":
         from rayva.data import captions
         from rayva.text.instructions import BRIEF, DETAILED
@@ -95,6 +110,10 @@ def fingerprint(recipe: Recipe) -> dict[str, str]:
     """
     data = recipe.data
     uris = {f"data.{name}": getattr(data, name) for name in _INPUTS.get(data.source, ())}
+    for stage in ("pretrain", "finetune"):
+        for number, dataset in enumerate(getattr(data, f"{stage}_mix")):
+            uris[f"data.{stage}_mix.{number}.path"] = dataset.path
+            uris[f"data.{stage}_mix.{number}.images"] = dataset.images
     return {name: _digest(uri, name) for name, uri in uris.items() if uri}
 
 
@@ -124,6 +143,12 @@ def _folder_digest(uri: str, setting: str) -> str:
     return digest.hexdigest()
 
 
+def _counted(samples: Iterable[Sample], counts: Counter[str]) -> Iterator[Sample]:
+    for sample in samples:
+        counts[sample.dataset] += 1
+        yield sample
+
+
 def _shown(name: str, records: Iterable[Record]) -> Iterator[Record]:
     with Progress(f"data: {name}", None, "rows") as progress:
         for record in records:
@@ -135,6 +160,14 @@ def _check(data: Data, outputs: dict[str, Any]) -> None:
     reasons = ", ".join(f"{count} {reason}" for reason, count in outputs["quarantined"].items())
     if reasons:
         logger.warning("%s rows were quarantined: %s", sum(outputs["quarantined"].values()), reasons)
+    for stage, datasets in outputs.get("datasets", {}).items():
+        for name, samples in datasets.items():
+            if not samples:
+                raise DataError(
+                    f"The dataset {name!r} of data.{stage}_mix gives no usable sample"
+                    + (f" (quarantined: {reasons})" if reasons else ""),
+                    "see quarantine.parquet in the data step's folder, and mend it or take it out of the mix",
+                )
     for stage in ("pretrain", "finetune"):
         if not outputs[stage]:
             file = getattr(data, f"{stage}_json" if data.source == "llava" else "captions")

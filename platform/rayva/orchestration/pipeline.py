@@ -6,7 +6,7 @@ import contextlib
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from rayva.errors import RayvaError
 from rayva.lock import JobLock
@@ -90,17 +90,39 @@ class Step:
     version: int = 1
 
 
-def _stage(name: str) -> Settings:
-    """A training stage's slice. How the work is split does not change the result, so it stays out."""
+def _data(recipe: Recipe) -> dict[str, Any]:
+    """The data step's slice, where weights of a mix decide nothing. Without a mix, it has no key."""
+    settings = pick("data")(recipe)
+    for key in ("data.pretrain_mix", "data.finetune_mix"):
+        mix = settings.pop(key)
+        if mix:
+            settings[key] = [{k: v for k, v in one.items() if k != "weight"} for one in mix]
+    return settings
+
+
+def _stage(name: Literal["pretrain", "finetune"]) -> Settings:
+    """A training stage's slice. How the work is split does not change the result, so it stays out.
+
+    Limits of length that are not given, and weights without a mix, are left out too: what was finished
+    before there were such settings still holds.
+    """
     split = (
         "micro_batch_size", "packing", "gradient_checkpointing", "checkpoint_every", "checkpoint_minutes",
         "keep_checkpoints", "keep_best",
     )  # fmt: skip
     template = "conversation.template" if name == "pretrain" else "conversation.pretrain_template"
-    return pick(
+    picked = pick(
         "projector", "conversation", name,
         without=(template, *(f"{name}.{setting}" for setting in split)),
     )  # fmt: skip
+
+    def settings(recipe: Recipe) -> dict[str, Any]:
+        limits = (f"{name}.lengths",)
+        chosen = {k: v for k, v in picked(recipe).items() if v is not None or not _under(k, limits)}
+        weights = {dataset.label: dataset.weight for dataset in recipe.data.datasets(name)}
+        return chosen | ({"weights of the mix": weights} if weights else {})
+
+    return settings
 
 
 _HOME = "rayva.orchestration"
@@ -114,7 +136,7 @@ STEPS: tuple[Step, ...] = (
         f"{_HOME}.weights:run", fingerprint=f"{_HOME}.weights:fingerprint",
     ),
     Step(
-        "data", "images, captions, conversations and held-out questions as tables", (), pick("data"),
+        "data", "images, captions, conversations and held-out questions as tables", (), _data,
         f"{_HOME}.data:run", fingerprint=f"{_HOME}.data:fingerprint",
     ),
     Step(

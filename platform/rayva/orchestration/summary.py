@@ -27,6 +27,9 @@ def build_summary(
     Args:
         steps: folder and manifest (None: unfinished) of each step, in order.
         executed: steps that ran in this start of the job; the others are marked as skipped.
+
+    `datasets` has a mix's counts: samples by stage and dataset under `data`, and `samples` and `visited`
+    by dataset under each stage.
     """
     done = {name: (folder, manifest) for name, (folder, manifest) in steps.items() if manifest}
     outputs = {name: manifest["outputs"] for name, (_, manifest) in done.items() if manifest}
@@ -45,6 +48,11 @@ def build_summary(
             }
             for name, (folder, manifest) in done.items()
             if manifest
+        },
+        "datasets": {
+            name: outputs[name]["datasets"]
+            for name in ("data", "pretrain", "finetune")
+            if "datasets" in outputs.get(name, {})
         },
         "grounding": {key: evaluation["grounding"].get(key) for key in _GROUNDING} if evaluation else None,
         "gate": {"passed": evaluation["passed"], "why": evaluation["why"]} if evaluation else None,
@@ -91,6 +99,7 @@ def summary_text(summary: Mapping[str, Any], storage: Storage) -> str:
     lines = ["", f"Recipe {summary['recipe']}, code {_short(summary['commit'])}, {duration(total)} in all:"]
     for name, stage in summary["stages"].items():
         lines.append(f"  {name:<10} {duration(stage['seconds']):>12}  {stage['folder']}")
+    lines += _mix(summary)
     lines += _figures(summary)
     lines += _next(summary, storage)
     return "\n".join(lines)
@@ -113,6 +122,15 @@ def _figures(summary: Mapping[str, Any]) -> list[str]:
         "The distance between the first and the others is what it owes to looking.",
         f"Promotion: {'passed' if gate['passed'] else 'not passed'}. {gate['why']}",
     ]
+
+
+def _mix(summary: Mapping[str, Any]) -> list[str]:
+    lines: list[str] = []
+    for stage in ("pretrain", "finetune"):
+        for name, counts in summary.get("datasets", {}).get(stage, {}).items():
+            seen = f"{counts['samples']:,} samples visited {counts['visited']:,} times"
+            lines.append(f"  {stage}, dataset {name}: {seen}")
+    return ["", *lines] if lines else []
 
 
 def _next(summary: Mapping[str, Any], storage: Storage) -> list[str]:

@@ -1,7 +1,7 @@
 """Between the training workers and the driver: metrics, checkpoints, errors.
 
-Workers report to Ray Train's controller, whose callback hands metrics to an actor, the mailbox; the
-driver empties it. So only the driver talks to the tracker and to people.
+Rank 0 hands metrics to an actor, the mailbox; the driver empties it, and leaves word there when workers are
+to stop. So only the driver talks to the tracker and to people.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.train
 import torch.distributed as dist
-from ray.train import Checkpoint, UserCallback
 
 from rayva.errors import RayvaError
+from rayva.training.stop import request_stop
 from rayva.training.store import CheckpointStore
 
 if TYPE_CHECKING:
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SECONDS_BETWEEN_REPORTS = 2.0
-"""Ray Train's queue holds one report, and a report is a barrier: steps are reported in groups."""
+_SECONDS_BETWEEN_NOTICES = 2.0
 
 Metrics = dict[str, float]
 StepMetrics = tuple[int, Metrics]
@@ -39,6 +38,7 @@ class Mailbox:
         self._steps: list[StepMetrics] = []
         self._total: int | None = None
         self._error: RayvaError | None = None
+        self._stopping = False
 
     def add(self, steps: Sequence[StepMetrics], total: int) -> None:
         self._steps.extend(steps)
@@ -54,38 +54,35 @@ class Mailbox:
     def error(self) -> RayvaError | None:
         return self._error
 
+    def stop(self) -> None:
+        """Asks the workers to save and stop."""
+        self._stopping = True
 
-class MetricsCallback(UserCallback):  # type: ignore[misc]  # ray has no types
-    """Runs in the controller: hands rank 0's metrics, which are global, to the mailbox."""
-
-    def __init__(self, mailbox: Any) -> None:
-        self._mailbox = mailbox
-
-    def after_report(
-        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None
-    ) -> None:
-        self._mailbox.add.remote(metrics[0]["steps"], metrics[0]["steps_total"])
+    def stopping(self) -> bool:
+        return self._stopping
 
 
 class RayHooks:
     """The training loop's surroundings in a Ray Train worker.
 
-    Ray Train stores no checkpoint: its list of them is lost when its file is cut short by a kill, does not
-    reach over attempts, and an upload that fails ends the training. It is told the metrics alone.
+    Ray Train is told neither metrics nor checkpoints. Its reports are barriers, and those that are under way
+    when a worker dies are lost. Its list of checkpoints is lost when its file is cut short by a kill, does
+    not reach over attempts, and an upload that fails ends the training.
     """
 
-    def __init__(self, store: CheckpointStore, steps_total: int) -> None:
-        self._store, self._total = store, steps_total
-        self._pending: list[StepMetrics] = []
+    def __init__(self, store: CheckpointStore, steps_total: int, mailbox: Any) -> None:
+        self._store, self._total, self._mailbox = store, steps_total, mailbox
+        self._told: Any = None
         self._seconds = 0.0
         self._leaving = False
 
     def on_metrics(self, step: int, metrics: Metrics) -> None:
-        """Reports groups of steps. All ranks see the same seconds, so that they report together."""
-        self._pending.append((step, metrics))
+        """Tells a step. All ranks see the same seconds, so that they ask for notices together."""
+        if dist.get_rank() == 0:
+            self._told = self._mailbox.add.remote([(step, metrics)], self._total)
         self._seconds += metrics["seconds"]
-        if self._seconds >= _SECONDS_BETWEEN_REPORTS:
-            self.flush()
+        if self._seconds >= _SECONDS_BETWEEN_NOTICES:
+            self._take_notices()
 
     def on_checkpoint(self, folder: Path, step: int, metrics: Metrics) -> None:
         """Stores this rank's part; rank 0 removes what is not kept any more."""
@@ -98,11 +95,16 @@ class RayHooks:
         return self._store.checkpoints()
 
     def leaving(self) -> bool:
-        """Whether a node of this training is about to be preempted, as of the last report."""
+        """Whether a node of this training is about to be preempted, as far as is known."""
         return self._leaving
 
-    def flush(self) -> None:
-        """Reports what has gathered, and takes the notices that Ray Train has for all ranks."""
-        ray.train.report({"steps": self._pending, "steps_total": self._total})
-        self._pending, self._seconds = [], 0.0
-        self._leaving = ray.train.get_preemption_info() is not None
+    def close(self) -> None:
+        """Waits until the mailbox has all that was told."""
+        if self._told is not None:
+            ray.get(self._told)
+
+    def _take_notices(self) -> None:
+        self._seconds = 0.0
+        self._leaving = ray.train.get_preemption_info() is not None  # a barrier
+        if ray.get(self._mailbox.stopping.remote()):
+            request_stop()

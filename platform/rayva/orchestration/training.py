@@ -15,11 +15,12 @@ import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from transformers.utils.logging import disable_progress_bar
 
 from rayva.errors import RayvaError
 from rayva.orchestration.pipeline import StepContext, StepResult
-from rayva.orchestration.train_callbacks import Mailbox, MetricsCallback, RayHooks
+from rayva.orchestration.train_callbacks import Mailbox, RayHooks
 from rayva.progress import Progress, say
 from rayva.training.engine import init_distributed
 from rayva.training.loop import train
@@ -34,11 +35,15 @@ from rayva.training.stage import (
 )
 
 _POLL_SECONDS = 1.0
+_SAVING_SECONDS = 30.0
+"""How long a driver that is to stop waits for the workers' last checkpoint."""
+_START_SECONDS = {"fixed": "600", "elastic": "30"}
+"""How long workers may take to get their places. Nodes that an autoscaler still has to start take minutes; an
+elastic training counts its places anew instead: one may be on a node whose loss was not seen yet.
+"""
 _RAY_ENV = {
-    # How often the controller takes a report from the workers; its default of 2 s would hold them up.
+    # How soon the controller sees that a worker is gone, or that all have ended.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    # Nodes that an autoscaler still has to start take minutes.
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
     # Workers stay where their imports work.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
 }
@@ -58,7 +63,7 @@ def _run(ctx: StepContext, name: StageName) -> StepResult:
     storage, folder = ctx.storage, ctx.folder
     if not storage.exists(folder.join(RESULT)):
         work = StageWork(ctx.recipe, name, storage, folder, ctx.inputs)
-        mailbox = Mailbox.remote()  # type: ignore[attr-defined]  # added by the decorator
+        mailbox = _mailbox_beside_the_driver()
         _fit_and_tell(_trainer(work, mailbox), mailbox, ctx)
     result = storage.read_json(folder.join(RESULT))
     # Only now: an attempt that is killed before this line still finds its checkpoints or its result.
@@ -66,9 +71,18 @@ def _run(ctx: StepContext, name: StageName) -> StepResult:
     return StepResult(result["outputs"], result["metrics"])
 
 
+def _mailbox_beside_the_driver() -> Any:
+    """Where it is lost only with the driver itself, not with a worker's node."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = Mailbox.options(scheduling_strategy=here)  # type: ignore[attr-defined]  # by the decorator
+    return options.remote()
+
+
 def _trainer(work: StageWork, mailbox: Any) -> TorchTrainer:
     for key, value in _RAY_ENV.items():
         os.environ.setdefault(key, value)
+    kind = "fixed" if isinstance(work.recipe.scaling.workers, int) else "elastic"
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _START_SECONDS[kind])
     # An actor that looks for nodes about to be taken away; where there is one node, the driver goes with it.
     several = sum(node["Alive"] for node in ray.nodes()) > 1
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1" if several else "0")
@@ -94,7 +108,6 @@ def _trainer(work: StageWork, mailbox: Any) -> TorchTrainer:
             storage_path=storage.path(attempts),
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=scaling.max_failures),
-            callbacks=[MetricsCallback(mailbox)],
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
@@ -123,19 +136,29 @@ def _fit_and_tell(trainer: TorchTrainer, mailbox: Any, ctx: StepContext) -> None
     The trainer runs in a thread, so that Ctrl-C reaches this one instead of Ray Train's own handler.
     """
     failure: list[BaseException] = []
+    ended = threading.Event()  # Ctrl-C during `Thread.join` would take the thread for ended
 
     def fit() -> None:
         try:
             trainer.fit()
         except Exception as error:  # noqa: BLE001  # raised again in the main thread
             failure.append(error)
+        finally:
+            ended.set()
 
-    thread = threading.Thread(target=fit, name="trainer", daemon=True)
-    thread.start()
+    threading.Thread(target=fit, name="trainer", daemon=True).start()
     listener = _Listener(ctx, mailbox)
-    while thread.is_alive():
-        thread.join(_POLL_SECONDS)
-        listener.listen()
+    try:
+        while not ended.wait(_POLL_SECONDS):
+            listener.listen()
+    except (KeyboardInterrupt, SystemExit):
+        if listener.heard:
+            # What was done since the last checkpoint would else be done again.
+            say(f"  {ctx.folder.name}: saving what has been done; Ctrl-C again stops at once")
+            ray.get(mailbox.stop.remote())
+            ended.wait(_SAVING_SECONDS)
+        listener.close()
+        raise
     listener.close()
     error = ray.get(mailbox.error.remote())
     if error is not None:
@@ -151,6 +174,11 @@ class _Listener:
         self._ctx, self._mailbox = ctx, mailbox
         self._last = 0
         self._progress: Progress | None = None
+
+    @property
+    def heard(self) -> bool:
+        """Whether workers have told of a step."""
+        return self._progress is not None
 
     def listen(self) -> None:
         steps, total = ray.get(self._mailbox.take.remote())
@@ -180,13 +208,13 @@ def _train_worker(config: dict[str, Any]) -> None:
     if ray.get(mailbox.error.remote()) is not None:
         return
     try:
-        _train_stage(work)
+        _train_stage(work, mailbox)
     except RayvaError as error:
         ray.get(mailbox.fail.remote(error))
         raise
 
 
-def _train_stage(work: StageWork) -> None:
+def _train_stage(work: StageWork, mailbox: Any) -> None:
     scaling = work.recipe.scaling
     device = ray.train.torch.get_device() if scaling.gpus_per_worker else torch.device("cpu")
     torch.set_num_threads(max(1, int(scaling.cpus_per_worker)))
@@ -198,7 +226,7 @@ def _train_stage(work: StageWork) -> None:
     prepared = prepare(work, device)
     store = checkpoint_store(work)
     store.start()
-    hooks = RayHooks(store, prepared.job.plan.steps_total)
+    hooks = RayHooks(store, prepared.job.plan.steps_total, mailbox)
     result = train(prepared.job, hooks)
-    hooks.flush()
+    hooks.close()
     write_outputs(work, prepared, result)

@@ -16,7 +16,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from rayva.errors import RecipeError
-from rayva.recipes.schema import Recipe
+from rayva.recipes.schema import Data, Dataset, Recipe
+
+_STAGES = ("pretrain", "finetune")
 
 
 class _Yaml12Loader(yaml.SafeLoader):
@@ -148,14 +150,16 @@ def require_runnable(recipe: Recipe) -> None:
         "llava": ("pretrain_json", "finetune_json"),
         "captions": ("captions",),
     }[data.source]
-    missing = [f"data.{field}" for field in needed if not getattr(data, field)]
+    _check_mix(data)
+    mixed = [f"{stage}_json" for stage in _STAGES if getattr(data, f"{stage}_mix")]
+    missing = [f"data.{field}" for field in needed if field not in mixed and not getattr(data, field)]
     if missing:
         raise RecipeError(
             f"The recipe {recipe.name!r} reads its data from {data.source!r} but does not say where or how "
             f"much: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set.",
             "add " + " ".join(f"{key}=..." for key in missing) + " (or use data.source=scenes)",
         )
-    for stage in ("pretrain", "finetune"):
+    for stage in _STAGES:
         if getattr(recipe, stage).offload and getattr(recipe, stage).zero == 0:
             raise RecipeError(
                 f"{stage}.offload needs the optimizer state to be sharded, but {stage}.zero is 0.",
@@ -168,6 +172,30 @@ def require_runnable(recipe: Recipe) -> None:
             "tracking.uri holds a password, which would be kept with every run.",
             "leave it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead",
         )
+
+
+def _check_mix(data: Data) -> None:
+    if data.is_mix and data.source != "llava":
+        raise RecipeError(
+            f"data.{'pretrain' if data.pretrain_mix else 'finetune'}_mix is set, but data.source is "
+            f"{data.source!r}.",
+            "set data.source=llava; a dataset of the mix may have format: captions",
+        )
+    for stage in _STAGES:
+        mix: tuple[Dataset, ...] = getattr(data, f"{stage}_mix")
+        for other in (f"{stage}_json", f"{stage}_images"):
+            if mix and getattr(data, other):
+                raise RecipeError(
+                    f"data.{stage}_mix and data.{other} are both set.",
+                    f"take data.{other} into the mix, and set it to null",
+                )
+        labels = [dataset.label for dataset in mix]
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice:
+            raise RecipeError(
+                f"Several datasets of data.{stage}_mix are called {', '.join(twice)}.",
+                "give each a `name` of its own",
+            )
 
 
 def _named(name: str) -> Recipe:
@@ -253,6 +281,7 @@ _EXPECTED = {
     "missing": "a value",
     "finite_number": "a finite number",
     "too_long": "a shorter list",
+    "string_pattern_mismatch": "letters, digits, dots, dashes and underscores",
 }
 
 
@@ -264,6 +293,9 @@ def _explain(fault: Any) -> str:
               "less_than_equal": ("le", "<="), "less_than": ("lt", "<")}  # fmt: skip
     if fault["type"] == "missing":
         return f"{key} is missing."
+    if fault["type"] == "extra_forbidden":  # in a list: elsewhere `_refuse_unknown` comes first
+        nearest = difflib.get_close_matches(str(fault["loc"][-1]), Dataset.model_fields, n=1, cutoff=0.0)[0]
+        return f"There is no key {key!r}; the nearest is {nearest!r}."
     if fault["type"] == "literal_error":
         expected = f"one of {context['expected']}"
     elif fault["type"] in limits:

@@ -7,6 +7,8 @@ on it. Numbers of the paper are cited by section (arXiv 2304.08485).
 
 from __future__ import annotations
 
+import re
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
@@ -81,6 +83,32 @@ class Conversation(Config):
     over_length: Literal["truncate", "drop"] = "truncate"
 
 
+class Dataset(Config):
+    """One dataset of a mix."""
+
+    path: str
+    """LLaVA JSON, or what `data.captions` may be; a path or fsspec URI."""
+    images: str | None = None
+    """Image folder of LLaVA JSON; None looks beside it."""
+    format: Literal["llava", "captions"] = "llava"
+    weight: float = Field(default=1.0, gt=0)
+    """How often an epoch visits each sample, on average: 2 is twice, 0.5 is every other one."""
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
+    """None takes the file's (or folder's) name without its ending."""
+
+    @model_validator(mode="after")
+    def _check_images(self) -> Dataset:
+        if self.images is not None and self.format == "captions":
+            raise PydanticCustomError("images", "no `images` beside format=captions: `path` names them")
+        return self
+
+    @property
+    def label(self) -> str:
+        """What it is called in tables, metrics and sample ids."""
+        stem = PurePosixPath(self.path.rstrip("/")).name.removesuffix(".gz").rpartition(".")
+        return self.name or re.sub(r"[^A-Za-z0-9_.-]", "_", stem[0] or stem[2]).lstrip(".-") or "data"
+
+
 class Data(Config):
     """Where images, captions and conversations come from."""
 
@@ -96,6 +124,10 @@ class Data(Config):
     held_out_json: str | None = None
     """LLaVA JSON of the gate's questions, instead of a share of the images. Its images are not trained on."""
     held_out_images: str | None = None
+    pretrain_mix: tuple[Dataset, ...] = ()
+    """Several weighted datasets for stage 1, in place of `pretrain_json`."""
+    finetune_mix: tuple[Dataset, ...] = ()
+    """Several weighted datasets for stage 2, in place of `finetune_json`."""
     captions: str | None = None
     """`captions` source: a Parquet table, or a folder with captions.{jsonl,csv,parquet} or *.txt."""
     emoji_dir: str | None = None
@@ -112,6 +144,22 @@ class Data(Config):
     max_pixels: int = Field(default=89_478_485, ge=1)
     """Larger images are quarantined before they are decoded."""
     max_bytes: int = Field(default=64 * 1024 * 1024, ge=1)
+
+    @property
+    def is_mix(self) -> bool:
+        """Whether samples carry the name of their dataset, in both stages."""
+        return bool(self.pretrain_mix or self.finetune_mix)
+
+    def datasets(self, stage: Literal["pretrain", "finetune"]) -> tuple[Dataset, ...]:
+        """The datasets of a stage where either has a mix: a lone `*_json` is one, too. Else none."""
+        mix, path, images = (
+            (self.pretrain_mix, self.pretrain_json, self.pretrain_images)
+            if stage == "pretrain"
+            else (self.finetune_mix, self.finetune_json, self.finetune_images)
+        )
+        if mix or path is None or not self.is_mix:
+            return mix
+        return (Dataset(path=path, images=images),)
 
 
 class Features(Config):
@@ -145,6 +193,29 @@ class Lora(Config):
     """Names of the matrices that get an adapter; `all-linear`: all but the LM head's."""
 
 
+class Lengths(Config):
+    """Samples that a stage leaves out by their length in tokens, before any step; they are counted.
+
+    Lengths are those before `conversation.max_tokens` truncates, image tokens included.
+    """
+
+    min_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    min_answer_tokens: int | None = Field(default=None, ge=1)
+    """Supervised tokens of all answers, their end markers included."""
+    max_answer_tokens: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Lengths:
+        for least, most, what in (
+            (self.min_tokens, self.max_tokens, "tokens"),
+            (self.min_answer_tokens, self.max_answer_tokens, "answer_tokens"),
+        ):
+            if least is not None and most is not None and least > most:
+                raise PydanticCustomError("lengths", f"min_{what} <= max_{what}")
+        return self
+
+
 class Stage(Config):
     """One training stage (section 4.2)."""
 
@@ -156,6 +227,7 @@ class Stage(Config):
     embedding_lr: float | None = Field(default=None, gt=0)
     """Learning rate of the token embeddings and the LM head where it differs from `lr`."""
     lora: Lora = Lora()
+    lengths: Lengths = Lengths()
     batch_size: int = Field(default=128, ge=1)
     """Global batch: samples per optimizer step over all workers."""
     epochs: float = Field(default=1.0, gt=0)

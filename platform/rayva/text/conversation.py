@@ -41,6 +41,11 @@ class Message:
     def num_images(self) -> int:
         return sum(isinstance(part, ImageSlot) for part in self.content)
 
+    @property
+    def is_empty(self) -> bool:
+        """Neither text nor image."""
+        return not any(self.content)
+
 
 class BadConversation(DataError):
     """A conversation that cannot be used; `reason` is short and machine-readable.

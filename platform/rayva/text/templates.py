@@ -123,6 +123,12 @@ def _without_leading_answers(messages: list[Message]) -> list[Message]:
     return messages[first:]
 
 
+def _up_to_the_last_answer(messages: Sequence[Message]) -> Sequence[Message]:
+    """Without the empty messages that follow an answer: the original's llama_2 writes nothing for them."""
+    end = max((index for index, message in enumerate(messages, 1) if not message.is_empty), default=0)
+    return messages[:end] if end and messages[end - 1].role == "assistant" else messages
+
+
 class Plain(BuiltInTemplate):
     """Image, then caption: stage 1 of LLaVA 1.0 and later. Questions are left out."""
 
@@ -192,9 +198,10 @@ class V1(BuiltInTemplate):
             yield Segment(" ")
         for index, message in enumerate(messages):
             if message.role == "user":
-                yield Segment("USER: ")
+                # Like the original, an empty question is a bare header.
+                yield Segment("USER:" if message.is_empty else "USER: ")
                 yield from content_segments(message)
-                yield Segment(" ")
+                yield Segment("" if message.is_empty else " ")
                 continue
             yield Segment("ASSISTANT:")
             if message.text:
@@ -217,10 +224,17 @@ class Llama2(BuiltInTemplate):
         "that the user provides, and assist the user with a variety of tasks using natural language."
     )
 
+    def training(self, messages: Sequence[Message]) -> list[Segment]:
+        return super().training(_up_to_the_last_answer(messages))
+
     def _write_turns(self, system: str, messages: list[Message]) -> Segments:
         messages = _without_leading_answers(messages)
         for index, message in enumerate(messages):
             if message.role == "user":
+                # Like the original's, an empty question is written as nothing; but it parts two answers.
+                around = (*messages[index - 1 : index], *messages[index + 1 : index + 2])
+                if index and message.is_empty and any(neighbour.is_empty for neighbour in around):
+                    continue
                 if index:
                     yield Segment("", "bos")
                 yield Segment("[INST] ")

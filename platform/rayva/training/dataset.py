@@ -89,7 +89,8 @@ class Example:
 class SampleSource:
     """A stage's samples by index; those with an image that has no features are left out and counted.
 
-    `samples` is a table of `rayva.data.schema.SAMPLES`; `image_ids` are those that have features.
+    `samples` is a table of `rayva.data.schema.SAMPLES`, where a dataset's samples lie together;
+    `image_ids` are those that have features.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class SampleSource:
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         usable = _rows_with_known_images(samples, image_ids)
-        self.left_out = {"image_quarantined": samples.num_rows - len(usable)}
+        self.left_out = Counter(image_quarantined=samples.num_rows - len(usable))
         self._samples, self._rows = samples, usable
         self._features, self._text, self._tokenizer = features, text, tokenizer
 
@@ -113,29 +114,51 @@ class SampleSource:
         """What no example is longer than."""
         return self._text.max_tokens
 
+    def sizes(self) -> dict[str, int]:
+        """Samples by dataset, in the order in which they lie; a table without datasets has one called ""."""
+        names = self._samples["dataset"] if "dataset" in self._samples.column_names else None
+        if names is None or not len(self):
+            return {"": len(self)}
+        coded = pc.fill_null(names.combine_chunks().take(pa.array(self._rows)), "").dictionary_encode()
+        codes = np.asarray(coded.indices)
+        if (np.diff(codes) < 0).any():
+            raise ValueError("the samples of a dataset do not lie together")
+        return dict(zip(coded.dictionary.to_pylist(), np.bincount(codes).tolist(), strict=True))
+
+    def leave_out(self, mask: npt.NDArray[np.bool_], reason: str) -> None:
+        """Removes the samples that `mask` [len(self)] marks, and counts them under `reason`."""
+        self._rows = self._rows[~mask]
+        self.left_out[reason] += int(mask.sum())
+
+    def length(self, index: int) -> tuple[int, int]:
+        """Tokens of a sample and supervised ones, before truncation; (-1, -1) where it cannot be encoded."""
+        try:
+            _, _, ids, labels = self._encode(index, 0)
+        except BadConversation:
+            return -1, -1
+        return len(ids), sum(label != IGNORE_INDEX for label in labels)
+
     def example(self, index: int, epoch: int, counts: Counter[str]) -> Example | None:
         """Encodes a sample; None where it cannot be used. Both, and truncation, are added to `counts`.
 
         Random choices depend on (seed, epoch, index) alone.
         """
-        row = self._samples.slice(int(self._rows[index]), 1).to_pylist()[0]
-        image_ids = tuple(row["image_ids"])
-        turns = [Turn(turn["role"], turn["text"]) for turn in row["turns"]]
         try:
-            messages = messages_from_turns(turns, len(image_ids))
-            messages = place_image(messages, self._text.image_position, self._rng(epoch, index))
-            encoded = encode_sample(messages, self._text.template, self._tokenizer)
+            sample_id, image_ids, ids, labels = self._encode(index, epoch)
         except BadConversation as error:
             counts[f"dropped_{error.reason}"] += 1
             return None
-        ids, labels = expand_images(encoded.input_ids, encoded.labels, self._features.num_tokens)
         if len(ids) > self._text.max_tokens:
             if self._text.over_length == "drop":
                 counts["dropped_over_length"] += 1
                 return None
             counts["truncated"] += 1
             ids, labels = ids[: self._text.max_tokens], labels[: self._text.max_tokens]
-        return Example(row["sample_id"], image_ids, ids, labels)
+        return Example(sample_id, image_ids, ids, labels)
+
+    def sample_id(self, index: int) -> str:
+        """The id of a sample."""
+        return str(self._samples["sample_id"][int(self._rows[index])].as_py())
 
     def rows(self, examples: Sequence[Example]) -> list[Row]:
         """Examples with their features; a truncated image keeps the features that still have a place."""
@@ -148,6 +171,17 @@ class SampleSource:
             own = [next(features) for _ in ids]
             rows.append(Row(example.input_ids, example.labels, torch.cat(own)[:count] if own else None))
         return rows
+
+    def _encode(self, index: int, epoch: int) -> tuple[str, tuple[str, ...], list[int], list[int]]:
+        """Id, image ids, token ids and labels, images expanded and nothing truncated."""
+        row = self._samples.slice(int(self._rows[index]), 1).to_pylist()[0]
+        image_ids = tuple(row["image_ids"])
+        turns = [Turn(turn["role"], turn["text"]) for turn in row["turns"]]
+        messages = messages_from_turns(turns, len(image_ids))
+        messages = place_image(messages, self._text.image_position, self._rng(epoch, index))
+        encoded = encode_sample(messages, self._text.template, self._tokenizer)
+        ids, labels = expand_images(encoded.input_ids, encoded.labels, self._features.num_tokens)
+        return row["sample_id"], image_ids, ids, labels
 
     def _rng(self, epoch: int, index: int) -> random.Random:
         key = f"{self._text.seed}/{epoch}/{index}".encode()

@@ -24,7 +24,7 @@ from rayva.training.engine import Engine
 from rayva.training.meter import Meter
 from rayva.training.plan import TrainingPlan
 from rayva.training.precision import resolve_precision
-from rayva.training.prefetch import Ahead, Layout, PreparedStep, Share, prefetch
+from rayva.training.prefetch import VISITED, Ahead, Layout, PreparedStep, Share, prefetch
 from rayva.training.resume import FAILED, Hooks, Metrics, Saver, restore
 from rayva.training.schedule import lr_factor
 from rayva.training.stop import stop_on_sigterm
@@ -86,6 +86,8 @@ def train(job: TrainJob, hooks: Hooks) -> TrainResult:
             counts.update(prepared.counts)
             metrics |= meter.read(engine, prepared, waited)
             metrics[FAILED] = float(counts[FAILED])
+            # Over the whole stage so far, with a mix.
+            metrics |= {name: float(count) for name, count in counts.items() if name.startswith(VISITED)}
             meter.start()
             done = prepared.step + 1
             progress = replace(fresh, step=done, counts=dict(counts))

@@ -21,6 +21,7 @@ _ROUNDS = 8
 """Feistel rounds; four already make a strong pseudo-random permutation of a strong round function."""
 
 UInt64 = npt.NDArray[np.uint64]
+Int64 = npt.NDArray[np.int64]
 
 
 class KeyedPermutation:
@@ -39,7 +40,7 @@ class KeyedPermutation:
         digest = hashlib.blake2b(key.encode(), digest_size=8 * _ROUNDS).digest()
         self._round_keys = np.frombuffer(digest, dtype="<u8").astype(np.uint64)
 
-    def __call__(self, indices: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    def __call__(self, indices: npt.ArrayLike) -> Int64:
         """The images of `indices` [n], each in range(size)."""
         values = np.atleast_1d(np.asarray(indices, dtype=np.int64))
         if values.size and (values.min() < 0 or values.max() >= self.size):
@@ -65,13 +66,47 @@ def _mix(values: UInt64) -> UInt64:
     return values ^ (values >> np.uint64(31))
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One dataset of a mix: `weight` is how often an epoch visits each of its samples, on average."""
+
+    name: str
+    samples: int
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise DataError(
+                f"The dataset {self.name!r} has no sample to train on",
+                "look at the data step's quarantine table and at the stage's length limits, or take it out",
+            )
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise RecipeError(f"The weight of dataset {self.name!r} is {self.weight}", "give a number > 0")
+        if self.visits < 1:
+            raise RecipeError(
+                f"{self.weight} of the {self.samples} samples of the dataset {self.name!r} is less than one",
+                "raise its weight, or take it out",
+            )
+
+    @property
+    def visits(self) -> int:
+        """Visits in one epoch: weight x samples, rounded half to even."""
+        return round(self.weight * self.samples)
+
+
 @dataclass(frozen=True)
 class TrainingPlan:
     """Steps, epochs and global batches of one stage; its whole state is the number of the next step.
 
-    Every epoch visits every sample exactly once; its last batch is smaller where `batch_size` does not
-    divide `num_samples`. A fractional last epoch visits the first part of its permutation. No batch
-    spans two epochs. Raises `DataError` without samples and `RecipeError` when no step would be taken.
+    One dataset: every epoch visits every sample exactly once. A mix (`parts`, whose samples are numbered
+    one part after the other): an epoch holds `Part.visits` visits of each part. They are numbered through
+    all epochs: visit v is of pass v // samples, and every pass holds every sample once, so what a
+    fractional weight leaves out of one epoch comes in the next. The order of an epoch's visits, all parts
+    together, is a keyed permutation.
+
+    An epoch's last batch is smaller where `batch_size` does not divide its visits. A fractional last epoch
+    makes the first part of its visits. No batch spans two epochs. Raises `DataError` without samples and
+    `RecipeError` when no step would be taken.
     """
 
     num_samples: int
@@ -79,29 +114,49 @@ class TrainingPlan:
     epochs: float
     seed: int
     dataset_digest: str
+    parts: tuple[Part, ...] = ()
+    """Without: one dataset of weight 1."""
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:
-            raise DataError("There is no sample to train on", "Look at the data step's quarantine table.")
+            raise DataError(
+                "There is no sample to train on",
+                "Look at the data step's quarantine table and at the stage's length limits.",
+            )
+        if self.parts and sum(part.samples for part in self.parts) != self.num_samples:
+            raise ValueError(f"the parts do not add up to {self.num_samples} samples")
         if self.steps_total < 1:
             raise RecipeError(
-                f"{self.epochs} epochs of {self.num_samples} samples hold no sample", "Raise `epochs`."
+                f"{self.epochs} epochs of {self.samples_per_epoch} samples hold no sample", "Raise `epochs`."
             )
+
+    @classmethod
+    def mixed(
+        cls, parts: Sequence[Part], batch_size: int, epochs: float, seed: int, dataset_digest: str
+    ) -> TrainingPlan:
+        """A plan over several datasets."""
+        samples = sum(part.samples for part in parts)
+        return cls(samples, batch_size, epochs, seed, dataset_digest, tuple(parts))
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Visits of one whole epoch."""
+        return int(self._visit_ends[-1])
 
     @property
     def steps_per_epoch(self) -> int:
         """Steps of one whole epoch."""
-        return math.ceil(self.num_samples / self.batch_size)
+        return math.ceil(self.samples_per_epoch / self.batch_size)
 
     @property
     def samples_total(self) -> int:
         """Samples visited over all epochs, repetitions counted."""
-        return round(self.epochs * self.num_samples)
+        return round(self.epochs * self.samples_per_epoch)
 
     @property
     def steps_total(self) -> int:
         """Steps of the whole stage."""
-        whole, rest = divmod(self.samples_total, self.num_samples)
+        whole, rest = divmod(self.samples_total, self.samples_per_epoch)
         return whole * self.steps_per_epoch + math.ceil(rest / self.batch_size)
 
     def epoch_of(self, step: int) -> int:
@@ -114,25 +169,69 @@ class TrainingPlan:
             raise IndexError(f"step {step} is outside the plan's {self.steps_total} steps")
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self.batch_size
-        left_in_epoch = min(self.num_samples, self.samples_total - epoch * self.num_samples)
+        left_in_epoch = min(self.samples_per_epoch, self.samples_total - epoch * self.samples_per_epoch)
         stop = min(start + self.batch_size, left_in_epoch)
-        indices: list[int] = self._permutation(epoch)(np.arange(start, stop)).tolist()
+        visits = self._permutation(epoch)(np.arange(start, stop))
+        indices: list[int] = self._samples(epoch, visits).tolist()
         return indices
+
+    def visited(self, indices: Sequence[int]) -> dict[str, int]:
+        """How many of these sample indices are of each part, by its name; empty without a mix."""
+        if not self.parts:
+            return {}
+        owners = np.searchsorted(self._sample_ends, np.asarray(indices, dtype=np.int64), side="right")
+        counts = np.bincount(owners, minlength=len(self.parts))
+        return {part.name: int(count) for part, count in zip(self.parts, counts, strict=True)}
 
     def micro_batches(self, world_size: int, micro: int) -> int:
         """Forward passes of each rank in every step: the same for all ranks and steps."""
         return math.ceil(self.batch_size / (world_size * micro))
 
+    def _samples(self, epoch: int, visits: Int64) -> Int64:
+        """Sample indices of visits [n], each in range(samples_per_epoch)."""
+        if not self.parts:
+            return visits
+        samples = np.empty_like(visits)
+        owners = np.searchsorted(self._visit_ends, visits, side="right")
+        for number, part in enumerate(self.parts):
+            of_part = owners == number
+            if not of_part.any():
+                continue
+            first = int(self._visit_ends[number]) - part.visits
+            within = self._within(number, epoch * part.visits + visits[of_part] - first)
+            samples[of_part] = int(self._sample_ends[number]) - part.samples + within
+        return samples
+
+    def _within(self, number: int, visits: Int64) -> Int64:
+        """Samples of a part, each in range(part.samples), at visits [n] counted through all epochs."""
+        part = self.parts[number]
+        passes, positions = np.divmod(visits, part.samples)
+        # Where epochs hold whole passes, the order inside a pass decides nothing: they are mixed anyway.
+        if part.visits % part.samples:
+            for current in np.unique(passes):
+                own = passes == current
+                key = f"{self.dataset_digest}/{self.seed}/{part.name}/{current}"
+                positions[own] = KeyedPermutation(part.samples, key)(positions[own])
+        return positions
+
     def _permutation(self, epoch: int) -> KeyedPermutation:
         if epoch not in self._permutations:
             self._permutations.clear()
             key = f"{self.dataset_digest}/{self.seed}/{epoch}"
-            self._permutations[epoch] = KeyedPermutation(self.num_samples, key)
+            self._permutations[epoch] = KeyedPermutation(self.samples_per_epoch, key)
         return self._permutations[epoch]
 
     @cached_property
     def _permutations(self) -> dict[int, KeyedPermutation]:
         return {}
+
+    @cached_property
+    def _visit_ends(self) -> Int64:
+        return np.cumsum([part.visits for part in self.parts] or [self.num_samples], dtype=np.int64)
+
+    @cached_property
+    def _sample_ends(self) -> Int64:
+        return np.cumsum([part.samples for part in self.parts], dtype=np.int64)
 
 
 def deal(lengths: Sequence[int], world_size: int, micro: int, micro_batches: int) -> list[list[list[int]]]:

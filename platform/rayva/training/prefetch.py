@@ -18,6 +18,9 @@ from rayva.training.plan import TrainingPlan, deal, pack
 _ROW_SAMPLES = 2
 """A row has room for that many samples of a micro-batch's greatest length."""
 
+VISITED = "visited/"
+"""In counters and metrics: visits of each dataset of a mix, by its name."""
+
 Layout = Literal["flat", "rows", "padded"]
 """How a micro-batch's samples lie: one behind the other in one row without padding; packed into rows, with
 a block mask; or a row for each."""
@@ -72,7 +75,8 @@ def prepare_step(
     """
     counts: Counter[str] = Counter()
     epoch = plan.epoch_of(step)
-    encoded = [source.example(index, epoch, counts) for index in plan.global_batch(step)]
+    indices = plan.global_batch(step)
+    encoded = [source.example(index, epoch, counts) for index in indices]
     examples = [example for example in encoded if example is not None]
     lengths = [len(example.input_ids) for example in examples]
     dealt = deal(lengths, share.world_size, share.micro, plan.micro_batches(share.world_size, share.micro))
@@ -83,6 +87,7 @@ def prepare_step(
     rows = iter(source.rows([example for batch in own for row in batch for example in row]))
     supervised = sum(example.supervised for example in examples)
     counts.update(samples=len(examples), supervised_tokens=supervised, tokens=sum(lengths))
+    counts.update({f"{VISITED}{name}": visits for name, visits in plan.visited(indices).items()})
     return PreparedStep(
         step=step,
         micro_batches=[_batch(part, rows, vision_hidden, share.layout) for part in own],

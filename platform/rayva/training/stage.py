@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import resource
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +37,10 @@ from rayva.storage import Storage, storage_errors
 from rayva.text.templates import get_template
 from rayva.training.dataset import FeatureReader, SampleSource, StoredFeatures, TextSettings
 from rayva.training.inline import InlineFeatures
+from rayva.training.lengths import apply_limits
 from rayva.training.loop import TrainJob, TrainResult
-from rayva.training.plan import TrainingPlan
-from rayva.training.prefetch import Ahead
+from rayva.training.plan import Part, TrainingPlan
+from rayva.training.prefetch import VISITED, Ahead
 from rayva.training.resume import FAILED
 from rayva.training.store import CheckpointStore
 from rayva.vision.towers import TowerDescription, describe_tower, load_tower
@@ -92,7 +93,7 @@ class Prepared:
 def prepare(work: StageWork, device: torch.device) -> Prepared:
     """Loads what the stage needs: weights, samples, features, plan. Called on every rank."""
     recipe, storage, stage = work.recipe, work.storage, work.stage
-    language_path, revision = _pretrained(work, "language")
+    language_path, revision = pretrained(work, "language")
     tokenizer = load_tokenizer(language_path, revision)
     dtype = torch.bfloat16 if stage.precision == "bfloat16" else torch.float32
     language = load_language_model(language_path, dtype, revision)
@@ -115,16 +116,42 @@ def prepare(work: StageWork, device: torch.device) -> Prepared:
     projector = build_projector(recipe.projector.kind, tower.hidden_size, language.config.hidden_size)
     if work.name == "finetune":
         load_projector(projector, storage.localize(work.inputs["pretrain"].join(_PROJECTOR)))
-    source = _source(work, tokenizer, device)
-    dataset = f"{work.inputs['data'].digest}/{work.name}"
-    plan = TrainingPlan(len(source), stage.batch_size, stage.epochs, stage.seed, dataset)
+    source, plan = samples_and_plan(work, tokenizer, lambda keys: _features(work, keys, device), device)
     model = VisionLanguageModel(language, projector)
     ahead = Ahead(recipe.features.prefetch_steps, recipe.features.prefetch_mebibytes)
     job = TrainJob(model, source, plan, stage, device, work.folder.digest, ahead)
     return Prepared(job, settings, tokenizer, tower)
 
 
-def _source(work: StageWork, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> SampleSource:
+def samples_and_plan(
+    work: StageWork,
+    tokenizer: PreTrainedTokenizerBase,
+    features: Callable[[pa.Table], FeatureReader],
+    device: torch.device,
+    keep_lengths: bool = True,
+) -> tuple[SampleSource, TrainingPlan]:
+    """What the stage trains on and when, its limits of length applied; called on every rank.
+
+    Args:
+        features: makes the reader of a table of image ids and keys.
+        keep_lengths: keeps measured lengths with the unfinished stage.
+    """
+    stage, data = work.stage, work.recipe.data
+    source = _source(work, tokenizer, features)
+    kept = work.folder.join(ATTEMPTS, "lengths.npy")
+    apply_limits(source, stage.lengths, work.storage, kept, device, keep_lengths)
+    digest = f"{work.inputs['data'].digest}/{work.name}"
+    settings = (stage.batch_size, stage.epochs, stage.seed, digest)
+    sizes = source.sizes()
+    parts = [Part(one.label, sizes.get(one.label, 0), one.weight) for one in data.datasets(work.name)]
+    if parts:
+        return source, TrainingPlan.mixed(parts, *settings)
+    return source, TrainingPlan(len(source), *settings)
+
+
+def _source(
+    work: StageWork, tokenizer: PreTrainedTokenizerBase, features: Callable[[pa.Table], FeatureReader]
+) -> SampleSource:
     conversation = work.recipe.conversation
     name = conversation.pretrain_template if work.name == "pretrain" else conversation.template
     text = TextSettings(
@@ -137,7 +164,7 @@ def _source(work: StageWork, tokenizer: PreTrainedTokenizerBase, device: torch.d
     samples = _table(work.storage, work.inputs["data"].join(f"{work.name}.parquet"))
     keys = _table(work.storage, work.inputs["features"].join("image_keys.parquet"))
     image_ids = keys["image_id"].combine_chunks()
-    return SampleSource(samples, image_ids, _features(work, keys, device), text, tokenizer)
+    return SampleSource(samples, image_ids, features(keys), text, tokenizer)
 
 
 def _features(work: StageWork, keys: pa.Table, device: torch.device) -> FeatureReader:
@@ -153,7 +180,7 @@ def _features(work: StageWork, keys: pa.Table, device: torch.device) -> FeatureR
 
 
 def _tower_arguments(work: StageWork) -> dict[str, Any]:
-    path, revision = _pretrained(work, "vision")
+    path, revision = pretrained(work, "vision")
     vision = work.recipe.vision
     return {
         "path": path,
@@ -165,7 +192,7 @@ def _tower_arguments(work: StageWork) -> dict[str, Any]:
     }
 
 
-def _pretrained(work: StageWork, part: Literal["vision", "language"]) -> tuple[str, str | None]:
+def pretrained(work: StageWork, part: Literal["vision", "language"]) -> tuple[str, str | None]:
     """Path and revision of weights: a local copy where the `weights` step holds them, else what it found."""
     weights = work.inputs["weights"]
     output = weights.outputs[part]
@@ -234,6 +261,7 @@ def _local_target(storage: Storage, rel: str) -> Iterator[Path]:
 
 def _result(job: TrainJob, result: TrainResult) -> dict[str, Any]:
     counts = dict(result.counts)
+    visited = {name: counts.pop(name) for name in list(counts) if name.startswith(VISITED)}
     outputs: dict[str, Any] = {
         "steps": job.plan.steps_total,
         "samples": counts.pop("samples", 0),
@@ -249,5 +277,11 @@ def _result(job: TrainJob, result: TrainResult) -> dict[str, Any]:
         "workers": result.engine.world_size,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+    if visited:
+        sizes = {part.name: part.samples for part in job.plan.parts}
+        outputs["datasets"] = {
+            name: {"samples": samples, "visited": visited.get(VISITED + name, 0)}
+            for name, samples in sizes.items()
+        }
     figures = ("steps", "samples", "tokens", "supervised_tokens", "final_loss", "peak_memory_bytes")
     return {"outputs": outputs, "metrics": {key: float(outputs[key]) for key in figures}}
