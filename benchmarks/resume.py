@@ -10,9 +10,7 @@ new step, imports and models included. The losses after the fault are compared w
 from __future__ import annotations
 
 import argparse
-import json
 import signal
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,14 +26,7 @@ _TITLE = "Going on after a kill"
 
 
 def main() -> None:
-    options = _options()
-    if options.child:
-        _child(json.loads(options.child))
-        return
-    started_on = support.machine()
-    with tempfile.TemporaryDirectory(prefix="rayva-bench-", dir=options.scratch) as root:
-        figures = _measure(options, synthetic.setting_of(options, root))
-    support.report(options, _TITLE, _body(options, figures), figures, started_on)
+    synthetic.run(_TITLE, _options(), _child, _measure, _body)
 
 
 def _options() -> argparse.Namespace:

@@ -10,9 +10,7 @@ communication, uneven shares, what every rank repeats in a step, and memory band
 from __future__ import annotations
 
 import argparse
-import json
 import socket
-import tempfile
 from typing import Any
 
 import bench_support as support
@@ -25,14 +23,7 @@ _TITLE = "Scaling from one worker to two"
 
 
 def main() -> None:
-    options = _options()
-    if options.child:
-        _child(json.loads(options.child))
-        return
-    started_on = support.machine()
-    with tempfile.TemporaryDirectory(prefix="rayva-bench-", dir=options.scratch) as root:
-        figures = _measure(options, synthetic.setting_of(options, root))
-    support.report(options, _TITLE, _body(options, figures), figures, started_on)
+    synthetic.run(_TITLE, _options(), _child, _measure, _body)
 
 
 def _options() -> argparse.Namespace:

@@ -12,11 +12,13 @@ import argparse
 import io
 import json
 import random
+import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import bench_support  # noqa: F401  # puts platform/ on the path
+import bench_support  # puts platform/ on the path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -97,6 +99,23 @@ def add_options(parser: argparse.ArgumentParser, batch: int = 16, micro: int = 8
     parser.add_argument("--text-scale", type=float, default=1.0, help="factor on text lengths")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scratch", help="folder for the run (default: the system's temporary folder)")
+
+
+def run(
+    title: str,
+    options: argparse.Namespace,
+    child: Callable[[dict[str, Any]], None],
+    measure: Callable[[argparse.Namespace, Setting], dict[str, Any]],
+    body: Callable[[argparse.Namespace, dict[str, Any]], str],
+) -> None:
+    """A benchmark's main: measures in a folder of its own and reports, or does a child process's part."""
+    if options.child:
+        child(json.loads(options.child))
+        return
+    started_on = bench_support.machine()
+    with tempfile.TemporaryDirectory(prefix="rayva-bench-", dir=options.scratch) as root:
+        figures = measure(options, setting_of(options, root))
+    bench_support.report(options, title, body(options, figures), figures, started_on)
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:

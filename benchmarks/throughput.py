@@ -14,8 +14,6 @@ steps, and their losses are compared. Measurements run one after the other, each
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,16 +32,7 @@ _POOL_BATCHES = 50
 
 
 def main() -> None:
-    options = _options()
-    if options.child:
-        _child(json.loads(options.child))
-        return
-    started_on = support.machine()
-    with tempfile.TemporaryDirectory(prefix="rayva-bench-", dir=options.scratch) as root:
-        figures = _measure(options, synthetic.setting_of(options, root))
-    support.report(
-        options, "Training throughput against the standard way", _body(figures), figures, started_on
-    )
+    synthetic.run(_TITLE, _options(), _child, _measure, _body)
 
 
 def _options() -> argparse.Namespace:
@@ -189,7 +178,7 @@ _SIDES = {
 }
 
 
-def _body(figures: dict[str, Any]) -> str:
+def _body(_: argparse.Namespace, figures: dict[str, Any]) -> str:
     encoding = figures["encoding"]
     rate, peak = encoding["images_per_second"], encoding["peak_bytes"] / support.MIB
     speed = f"{rate:.2f} images/s in {encoding['precision']}"

@@ -11,8 +11,6 @@ run on.
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
 from typing import Any
 
 import bench_support as support
@@ -26,14 +24,7 @@ _TITLE = "Stored against inline features"
 
 
 def main() -> None:
-    options = _options()
-    if options.child:
-        _child(json.loads(options.child))
-        return
-    started_on = support.machine()
-    with tempfile.TemporaryDirectory(prefix="rayva-bench-", dir=options.scratch) as root:
-        figures = _measure(options, synthetic.setting_of(options, root))
-    support.report(options, _TITLE, _body(figures), figures, started_on)
+    synthetic.run(_TITLE, _options(), _child, _measure, _body)
 
 
 def _options() -> argparse.Namespace:
@@ -77,7 +68,7 @@ def _child(work: dict[str, Any]) -> None:
     support.tell(result | {"peak_bytes": support.peak_bytes()})
 
 
-def _body(figures: dict[str, Any]) -> str:
+def _body(_: argparse.Namespace, figures: dict[str, Any]) -> str:
     encoding = figures["encoding"]
     rows = []
     for name, sides in figures["stages"].items():

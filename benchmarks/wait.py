@@ -10,8 +10,6 @@ which take as long to read. Local files were just written, so they come from the
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -29,14 +27,7 @@ _BUCKET = "bench"
 
 
 def main() -> None:
-    options = _options()
-    if options.child:
-        _child(json.loads(options.child))
-        return
-    started_on = support.machine()
-    with tempfile.TemporaryDirectory(prefix="rayva-bench-", dir=options.scratch) as root:
-        figures = _measure(options, synthetic.setting_of(options, root))
-    support.report(options, _TITLE, _body(options, figures), figures, started_on)
+    synthetic.run(_TITLE, _options(), _child, _measure, _body)
 
 
 def _options() -> argparse.Namespace:

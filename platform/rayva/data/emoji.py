@@ -178,16 +178,16 @@ def _pretrain_sample(concept: Concept) -> Sample:
 
 
 def _finetune_samples(concepts: list[Concept], per_image: int, seed: int) -> Iterator[Sample]:
-    """Short conversations: in turn the name alone, and the group with what else is known.
+    """Short conversations: one of four asks the name alone, the others the group and what else is known.
 
-    Names take many repetitions, so that theirs are short; the group leads where it is asked, because
+    Names have been learnt in stage 1 and are only kept here; the group leads where it is asked, because
     behind the name it could be read off.
     """
     for concept in concepts:
         for number in range(per_image):
             rng = random.Random(f"{seed}/emoji/{concept.code}/{number}")
             pairs = [_name_pair(concept, rng)]
-            if number % 2:
+            if number % 4:
                 pairs = [_group_pair(concept, rng), *_more_pairs(concept, pairs[0], rng)]
             turns: list[Turn] = []
             for question, answer in pairs:

@@ -143,7 +143,7 @@ SMOL = derive(
     features={"batch_size": 64, "shard_rows": 2048},
     # Most of the names is learned here, where the language model cannot forget anything over them.
     pretrain={
-        "lr": 2e-3, "batch_size": 16, "epochs": 12.0, "micro_batch_size": 16, "precision": "auto",
+        "lr": 2e-3, "batch_size": 16, "epochs": 8.0, "micro_batch_size": 16, "precision": "auto",
     },
     finetune={
         "lr": 1.5e-4, "projector_lr": 6e-4, "batch_size": 16, "epochs": 1.0, "micro_batch_size": 16,

@@ -1,0 +1,69 @@
+"""Figures of a step: the operations that it needs, and speed, padding, waiting and the slowest rank."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+from rayva.model.batch import collate
+from rayva.model.freeze import apply_freeze_policy
+from rayva.text.special import IMAGE_TOKEN_INDEX
+from rayva.training.flops import ModelFlops, peak_of
+from rayva.training.loop import train
+from tests.training.support import FolderHooks, tiny_job
+
+
+@pytest.mark.parametrize("trained", ["projector", "all"])
+def test_operations_are_those_that_torch_counts(trained: Literal["projector", "all"]) -> None:
+    """Attention apart: torch counts whole squares, and what the mask leaves out is not needed."""
+    job = tiny_job(micro_batch_size=1)
+    apply_freeze_policy(job.model, trained)
+    flops = ModelFlops.of(job.model)
+    example = next(e for i in range(9) if (e := job.source.example(i, 0, Counter())) and e.image_ids)
+    batch = collate(job.source.rows([example]), job.model.vision_hidden)
+    with FlopCounterMode(display=False) as counter:
+        loss, _ = job.model.loss_sum(batch)
+        loss.backward()
+    counted = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
+    products = sum(count for name, count in counted.items() if "attention" not in name)
+    images = example.input_ids.count(IMAGE_TOKEN_INDEX)
+    whole = flops.step([len(example.input_ids)], example.supervised, images)
+    ours = whole - flops.pair * len(example.input_ids) ** 2
+    assert ours == pytest.approx(products, rel=1e-6)
+
+
+def test_what_a_step_tells(process_group: None, tmp_path: Path) -> None:
+    hooks = FolderHooks(tmp_path)
+    train(tiny_job(), hooks)
+    for metrics in hooks.metrics:
+        assert metrics["samples_per_second"] * metrics["seconds"] == pytest.approx(
+            round(metrics["samples_per_second"] * metrics["seconds"])
+        )
+        assert metrics["tokens_per_second"] > metrics["samples_per_second"]
+        assert metrics["padding_share"] == 0  # samples lie one behind the other
+        assert 0 <= metrics["wait_share"] < 1
+        assert (metrics["slowest_rank"], metrics["slowest_share"]) == (0, 1)
+        assert metrics["memory_bytes"] > 2**20
+        assert metrics["tflops"] > 0
+        assert "mfu" not in metrics  # nobody knows a CPU's peak
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756.0), ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA A10G", 70.0), ("NVIDIA L40S", 362.0), ("NVIDIA L4", 121.0), ("Tesla T4", 65.0),
+    ],
+)  # fmt: skip
+def test_peaks_by_name(name: str, tflops: float) -> None:
+    peak = peak_of(name)
+    assert peak is not None
+    assert peak / 1e12 == tflops
+
+
+def test_an_unknown_device_has_no_peak() -> None:
+    assert peak_of("Some Accelerator") is None
