@@ -171,19 +171,31 @@ def test_what_was_finished_before_there_were_mixes_still_holds():
         assert not any("mix" in key or "lengths" in key for key in steps[name])
 
 
-def test_a_file_of_questions_holds_its_images_out_of_every_dataset(recipe, tmp_path):
-    for name, folder in (("3.png", "coco"), ("4.png", "other"), ("5.png", "mine")):
-        asked = [row(name, "Red.", f"q-{folder}")]
-        (tmp_path / "held_out.json").write_text(json.dumps(asked))
-        given = {"held_out_json": str(tmp_path / "held_out.json"), "held_out_images": str(tmp_path / folder)}
-        data = recipe.data.model_copy(update=given)
-        _, tables = run_step(recipe.model_copy(update={"data": data}), tmp_path / f"out-{folder}")
-        [question] = tables["questions"]
-        uris = {image.image_id: image.uri for image in tables["images"]}
-        wanted = str(tmp_path / folder / name)
-        assert (question.question_id, uris[question.image_id]) == (f"q-{folder}", wanted)
-        shown = {uris[i] for t in ("pretrain", "finetune") for s in tables[t] for i in s.image_ids}
-        # Nothing else is held out: all pictures of the three folders but this one.
-        everything = {str(tmp_path / f / n) for f in ("coco", "other", "mine") for n in NAMES}
-        assert shown == everything - {wanted}
-        assert all(len(sample.image_ids) == 1 for sample in tables["finetune"])
+def test_a_file_of_held_out_questions_keeps_its_pictures_out_of_every_dataset(recipe, tmp_path):
+    asked = tmp_path / "asked.json"
+    asked.write_text(json.dumps([row("0.png", "two"), row("1.png", "A long answer that nobody can grade.")]))
+    with_file = recipe.model_copy(
+        update={
+            "data": recipe.data.model_copy(
+                update={"held_out_json": str(asked), "held_out_images": str(tmp_path / "coco")}
+            )
+        }
+    )
+    _, tables = run_step(with_file, tmp_path / "out")
+    assert [question.question_id for question in tables["questions"]] == ["0.png"]
+    uris = {image.image_id: image.uri for image in tables["images"]}
+    trained = {uris[i] for name in ("pretrain", "finetune") for s in tables[name] for i in s.image_ids}
+    assert not trained & {str(tmp_path / "coco" / name) for name in ("0.png", "1.png")}
+    # Pictures of other folders have the same names, and are others.
+    assert {str(tmp_path / folder / "0.png") for folder in ("other", "mine")} <= trained
+    assert {str(tmp_path / "coco" / name) for name in NAMES[2:]} <= trained
+    (question,) = tables["questions"]
+    assert uris[question.image_id] == str(tmp_path / "coco" / "0.png")
+
+    mine = with_file.model_copy(
+        update={"data": with_file.data.model_copy(update={"held_out_images": str(tmp_path / "mine")})}
+    )
+    _, tables = run_step(mine, tmp_path / "mine-out")
+    uris = {image.image_id: image.uri for image in tables["images"]}
+    of_captions = {uris[i] for s in tables["finetune"] if s.dataset == "mine" for i in s.image_ids}
+    assert of_captions == {str(tmp_path / "mine" / name) for name in NAMES[2:]}

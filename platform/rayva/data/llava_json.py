@@ -6,11 +6,12 @@ images, ids that are missing or repeated. Rows that cannot be used are quarantin
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import cast, get_args
+from typing import Literal, cast, get_args
 
 from rayva.data.answer_match import Match, find_part, how_to_grade
 from rayva.data.bundle import DatasetBundle, Lazy
@@ -30,6 +31,9 @@ from rayva.data.schema import (
 from rayva.data.splits import UniqueIds, held_out
 from rayva.errors import RecipeError
 from rayva.recipes.schema import Data
+
+StageName = Literal["pretrain", "finetune"]
+STAGES: tuple[StageName, ...] = ("pretrain", "finetune")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +94,6 @@ def _first_marker_only(text: str) -> str:
     return before + marker + after.replace(IMAGE_PLACEHOLDER, "")
 
 
-HELD_OUT_PREFIX = "held_out://"
-"""Before the ids of the gate's images where they have a folder of their own."""
-
-
 def build(data: Data) -> DatasetBundle:
     """The tables of a recipe whose `data.source` is `llava`.
 
@@ -113,37 +113,50 @@ def build(data: Data) -> DatasetBundle:
                 f"set data.{setting}=PATH (a LLaVA JSON file or JSON Lines; both stages may use one file)",
             )
     rejects: list[Rejected] = []
-    pretrain_root = data.pretrain_images or parent(str(data.pretrain_json))
-    finetune_root = data.finetune_images or parent(str(data.finetune_json))
-    # Two folders may use one name for two pictures: then stage 1's get ids of their own.
-    prefix = "pretrain://" if absolute(pretrain_root) != absolute(finetune_root) else ""
-    tested = held_out_file(data)
-    same = tested is not None and absolute(tested.root) == absolute(finetune_root)
-    asked = None if tested is None else replace(tested, image_prefix="" if same else HELD_OUT_PREFIX)
-    pretrain = LlavaFile(
-        "data.pretrain_json", str(data.pretrain_json), pretrain_root, data.test_fraction,
-        image_prefix=prefix, held_out_uris=None if asked is None else asked.uris(),
-    )  # fmt: skip
-    finetune = LlavaFile(
-        "data.finetune_json", str(data.finetune_json), finetune_root, data.test_fraction,
-        asks=asked is None, held_out_uris=pretrain.held_out_uris,
-    )  # fmt: skip
-    files = [pretrain, finetune, *([asked] if asked else [])]
+    held_out_file = held_out_questions(data) if data.held_out_json else None
+    pretrain, finetune = (_of_stage(stage, data, held_out_file) for stage in STAGES)
+    # Rows of the stage-2 file are told of when it is read as samples.
+    asked, asked_rejects = (held_out_file, rejects) if held_out_file else (finetune, [])
+    files = dict.fromkeys((pretrain, finetune, asked))
     return DatasetBundle(
         images=Lazy(lambda: distinct(chain.from_iterable(file.images() for file in files))),
         pretrain=Lazy(lambda: pretrain.samples(rejects)),
         finetune=Lazy(lambda: finetune.samples(rejects)),
-        questions=Lazy(lambda: asked.questions(rejects) if asked else finetune.questions()),
+        questions=Lazy(lambda: asked.questions(asked_rejects)),
         rejected=rejects,
     )
 
 
-def held_out_file(data: Data) -> LlavaFile | None:
-    """The file of the gate's questions, where the recipe names one."""
-    if data.held_out_json is None:
-        return None
-    root = data.held_out_images or parent(data.held_out_json)
-    return LlavaFile("data.held_out_json", data.held_out_json, root, 1.0, asks=True, all_held_out=True)
+def held_out_questions(data: Data, image_prefix: str | None = None) -> LlavaFile:
+    """The file of `data.held_out_json`, whose images are for questions alone."""
+    uri, root = location(data, "held_out")
+    prefix = _prefix(data, "held_out") if image_prefix is None else image_prefix
+    return LlavaFile("data.held_out_json", uri, root, asks=True, all_held_out=True, image_prefix=prefix)
+
+
+def location(data: Data, part: Literal["pretrain", "finetune", "held_out"]) -> tuple[str, str]:
+    """A file of the recipe, and where its images are: in the folder named for them, or beside it."""
+    uri = str(getattr(data, f"{part}_json"))
+    return uri, getattr(data, f"{part}_images") or parent(uri)
+
+
+def _prefix(data: Data, part: Literal["pretrain", "finetune", "held_out"]) -> str:
+    """Two folders may use one name for two pictures: only those of stage 2 have it as their id."""
+    same = absolute(location(data, part)[1]) == absolute(location(data, "finetune")[1])
+    return "" if same else f"{part}://"
+
+
+def _of_stage(stage: StageName, data: Data, held_out_file: LlavaFile | None) -> LlavaFile:
+    uri, root = location(data, stage)
+    return LlavaFile(
+        f"data.{stage}_json",
+        uri,
+        root,
+        test_fraction=data.test_fraction,
+        asks=stage == "finetune" and held_out_file is None,
+        image_prefix=_prefix(data, stage),
+        held_out=held_out_file,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +172,7 @@ class _Located:
     """The row's own name for the kind of its question."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LlavaFile:
     """One LLaVA JSON with its image folder; rows that cannot be used are left out of everything."""
 
@@ -168,16 +181,16 @@ class LlavaFile:
     uri: str
     root: str
     """Its image folder."""
-    test_fraction: float
+    test_fraction: float = 0.0
     asks: bool = False
     """Whether its held-out rows become questions."""
     image_prefix: str = ""
     dataset: str = ""
     """Its name in a mix, which then stands before the samples' ids."""
-    held_out_uris: frozenset[str] | None = None
-    """Images that are not for training; None leaves that to a hash of names."""
+    held_out: LlavaFile | None = None
+    """The file whose images are not for training; without one, a hash of names decides."""
     all_held_out: bool = False
-    """Whether the file is the gate's own: nothing in it is trained on."""
+    """Every row is a question, and may say how it is graded and of what kind it is."""
 
     def samples(self, rejects: list[Rejected]) -> Iterator[Sample]:
         """What is trained on; refused rows are added to `rejects`."""
@@ -191,15 +204,16 @@ class LlavaFile:
             for image_id, uri in zip(row.sample.image_ids, row.uris, strict=True):
                 yield ImageRecord(image_id, row.split, uri=uri)
 
-    def uris(self) -> frozenset[str]:
-        """All images of the file, whether or not anything is asked about them."""
-        return frozenset(uri for row in self._rows([]) for uri in row.uris)
-
-    def questions(self, rejects: list[Rejected] | None = None) -> Iterator[Question]:
+    def questions(self, rejects: list[Rejected]) -> Iterator[Question]:
         """Held-out rows that can be graded; none unless it `asks`. Refused rows are added to `rejects`."""
-        for row in self._rows([] if rejects is None else rejects) if self.asks else ():
+        for row in self._rows(rejects) if self.asks else ():
             if row.split == "test" and (question := _question(row)):
                 yield question
+
+    @functools.cached_property
+    def image_uris(self) -> frozenset[str]:
+        """All images of the file, whether or not anything is asked about them."""
+        return frozenset(uri for row in self._rows([]) for uri in row.uris)
 
     def _rows(self, rejects: list[Rejected]) -> Iterator[_Located]:
         ids, folder = UniqueIds(), ImageFolder(self.root)
@@ -211,8 +225,7 @@ class LlavaFile:
                 parsed = parse_row(row.value)
                 name = ids.claim(parsed.row_id or name)
                 said = row.value if self.all_held_out else {}
-                match, kind = _grading(said.get("match"), parsed), _kind(said)
-                yield self._locate(name, parsed, folder, match, kind)
+                yield self._locate(name, parsed, folder, _grading(said.get("match"), parsed), _kind(said))
             except BadRow as error:
                 rejects.append(rejected(self.uri, name, error))
 
@@ -220,15 +233,17 @@ class LlavaFile:
         self, name: str, row: LlavaRow, folder: ImageFolder, match: Match | None, kind: str | None
     ) -> _Located:
         uris = tuple(folder.resolve(image) for image in row.images)
-        test = self.all_held_out or self._is_held_out(row.images, uris)
         image_ids = tuple(self._image_id(image) for image in row.images)
         sample_id = f"{self.dataset}/{name}" if self.dataset else name
         sample = Sample(sample_id, image_ids, row.turns, dataset=self.dataset)
-        return _Located(sample, uris, "test" if test else "train", match, kind)
+        split: Split = "test" if self._is_held_out(row.images, uris) else "train"
+        return _Located(sample, uris, split, match, kind)
 
     def _is_held_out(self, images: Sequence[str], uris: Sequence[str]) -> bool:
-        if self.held_out_uris is not None:
-            return not self.held_out_uris.isdisjoint(uris)
+        if self.all_held_out:
+            return True
+        if self.held_out is not None:
+            return not self.held_out.image_uris.isdisjoint(uris)
         return any(held_out(_normal(image), self.test_fraction) for image in images)
 
     def _image_id(self, name: str) -> str:

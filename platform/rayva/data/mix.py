@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Literal, Protocol
+from typing import Protocol
 
 from rayva.data import captions
 from rayva.data.bundle import DatasetBundle, Lazy
-from rayva.data.llava_json import LlavaFile, distinct, held_out_file
+from rayva.data.llava_json import (
+    STAGES,
+    LlavaFile,
+    StageName,
+    distinct,
+    held_out_questions,
+    location,
+)
 from rayva.data.locations import absolute, parent
 from rayva.data.schema import ImageRecord, Question, Rejected, Sample
 from rayva.data.splits import UniqueIds
 from rayva.errors import DataError
 from rayva.recipes.schema import Data, Dataset
-
-StageName = Literal["pretrain", "finetune"]
-STAGES: tuple[StageName, ...] = ("pretrain", "finetune")
 
 
 def build(data: Data, brief: Sequence[str], detailed: Sequence[str]) -> DatasetBundle:
@@ -25,18 +30,21 @@ def build(data: Data, brief: Sequence[str], detailed: Sequence[str]) -> DatasetB
 
     Ids of samples and questions are `DATASET/ID`. Images of one folder keep one id in all datasets and both
     stages, `DATASET://NAME` after the first of them; what is held out follows from the name alone, so a
-    picture that two datasets share is on the same side.
+    picture that two datasets share is on the same side. With `data.held_out_json` the pictures of that file
+    are held out instead, and its rows are the questions.
 
     Raises:
         DataError: a file is missing or cannot be read.
     """
     rejects: list[Rejected] = []
     prefixes = _Prefixes()
-    tested = held_out_file(data)
-    held_out = tested.uris() if tested else None
+    held_out = None
+    if data.held_out_json:
+        root = absolute(location(data, "held_out")[1])
+        held_out = held_out_questions(data, prefixes.of(root, "held_out"))
     sources: dict[StageName, list[_Source]] = {
         stage: [
-            _source(data, dataset, stage, number, prefixes, brief, detailed, held_out)
+            _source(data, dataset, stage, number, prefixes, held_out, brief, detailed)
             for number, dataset in enumerate(data.datasets(stage))
         ]
         for stage in STAGES
@@ -45,17 +53,15 @@ def build(data: Data, brief: Sequence[str], detailed: Sequence[str]) -> DatasetB
     def every(stage: StageName, take: Callable[[_Source], Iterable[Sample]]) -> Lazy[Sample]:
         return Lazy(lambda: chain.from_iterable(take(source) for source in sources[stage]))
 
-    both = [*sources["finetune"], *sources["pretrain"]]
-    questions = Lazy(lambda: chain.from_iterable(source.questions() for source in sources["finetune"]))
-    if tested:
-        asked = replace(tested, image_prefix=prefixes.of(absolute(tested.root), "held_out"))
-        both.append(asked)
-        questions = Lazy(lambda: asked.questions(rejects))
+    asked: list[_Source] = [held_out] if held_out else sources["finetune"]
+    # Rows of the stage-2 files are told of when they are read as samples.
+    asked_rejects = rejects if held_out else []
+    every_source = [*sources["finetune"], *sources["pretrain"], *(asked if held_out else [])]
     return DatasetBundle(
-        images=Lazy(lambda: distinct(chain.from_iterable(source.images() for source in both))),
+        images=Lazy(lambda: distinct(chain.from_iterable(source.images() for source in every_source))),
         pretrain=every("pretrain", lambda source: source.samples(rejects)),
         finetune=every("finetune", lambda source: source.samples(rejects)),
-        questions=questions,
+        questions=Lazy(lambda: chain.from_iterable(source.questions(asked_rejects) for source in asked)),
         rejected=rejects,
     )
 
@@ -67,7 +73,7 @@ class _Source(Protocol):
 
     def images(self) -> Iterator[ImageRecord]: ...
 
-    def questions(self) -> Iterator[Question]: ...
+    def questions(self, rejects: list[Rejected]) -> Iterator[Question]: ...
 
 
 class _Prefixes:
@@ -89,9 +95,9 @@ def _source(
     stage: StageName,
     number: int,
     prefixes: _Prefixes,
+    held_out: LlavaFile | None,
     brief: Sequence[str],
     detailed: Sequence[str],
-    held_out: frozenset[str] | None,
 ) -> _Source:
     label = dataset.label
     if dataset.format == "llava":
@@ -100,19 +106,20 @@ def _source(
         mixed = getattr(data, f"{stage}_mix")
         setting = f"data.{stage}_mix.{number}.path" if mixed else f"data.{stage}_json"
         asks = stage == "finetune" and held_out is None
-        return LlavaFile(setting, dataset.path, root, data.test_fraction, asks, prefix, label, held_out)
+        return LlavaFile(
+            setting, dataset.path, root, data.test_fraction, asks, prefix, label, held_out=held_out
+        )
     try:
-        alone = data.model_copy(update={"captions": dataset.path})
-        if held_out is not None:
-            alone = alone.model_copy(update={"test_fraction": 0.0})
+        changes = {"captions": dataset.path} | ({"test_fraction": 0.0} if held_out else {})
+        alone = data.model_copy(update=changes)
         bundle = captions.build(alone, brief, detailed)
     except DataError as error:
         raise DataError(f"In data.{stage}_mix, dataset {label!r}: {error.what}", error.remedy) from error
     prefix = prefixes.of(f"captions {absolute(dataset.path)}", label)
-    return _Captions(bundle, stage, prefix, label, held_out or frozenset())
+    return _Captions(bundle, stage, prefix, label, held_out)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Captions:
     """A dataset of captioned images under its name."""
 
@@ -120,31 +127,31 @@ class _Captions:
     stage: StageName
     prefix: str
     label: str
-    held_out: frozenset[str]
-    """URIs of images that are not for training."""
+    held_out: LlavaFile | None
+
+    @functools.cached_property
+    def _left_out(self) -> frozenset[str]:
+        """Images that are for questions alone."""
+        uris = self.held_out.image_uris if self.held_out else frozenset()
+        return frozenset(image.image_id for image in self.bundle.images if image.uri in uris)
 
     def samples(self, rejects: list[Rejected]) -> Iterator[Sample]:
         rejects.extend(self.bundle.rejected)
-        tested = {image.image_id for image in self._tested()}
         for sample in self.bundle.pretrain if self.stage == "pretrain" else self.bundle.finetune:
-            if not tested.isdisjoint(sample.image_ids):
+            if not self._left_out.isdisjoint(sample.image_ids):
                 continue
             image_ids = tuple(self.prefix + image_id for image_id in sample.image_ids)
             name = f"{self.label}/{sample.sample_id}"
             yield replace(sample, sample_id=name, image_ids=image_ids, dataset=self.label)
 
-    def _tested(self) -> Iterator[ImageRecord]:
-        """Images that the recipe's own questions are about."""
-        return (i for i in self.bundle.images if i.uri in self.held_out) if self.held_out else iter(())
-
     def images(self) -> Iterator[ImageRecord]:
         for image in self.bundle.images:
-            if image.uri in self.held_out:
+            if image.image_id in self._left_out:
                 continue
             if image.split == "train" or self.stage == "finetune":
                 yield replace(image, image_id=self.prefix + image.image_id)
 
-    def questions(self) -> Iterator[Question]:
+    def questions(self, rejects: list[Rejected]) -> Iterator[Question]:
         for question in self.bundle.questions:
             name, image_id = f"{self.label}/{question.question_id}", self.prefix + question.image_id
             yield replace(question, question_id=name, image_id=image_id)
