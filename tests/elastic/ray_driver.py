@@ -27,6 +27,11 @@ from rayva.storage import Storage
 from tests.elastic.support import stage_inputs, stage_recipe
 from tests.training.stage_support import context
 
+# A lost node is noticed after some seconds instead of half a minute.
+_NOTICE = {
+    "health_check_initial_delay_ms": 5000, "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 10000, "health_check_failure_threshold": 3,
+}  # fmt: skip
 NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
 
 
