@@ -31,7 +31,7 @@ smol: $(STAMP) ## real weights and real images on a laptop, into runs/smol (docs
 test: $(STAMP) ## the tests
 	$(BIN)/python -m pytest
 
-test-all: $(STAMP) ## and those that repeat a proof for every setting (some minutes more)
+test-all: $(STAMP) ## and those that take long or repeat a proof for every setting (ten minutes more)
 	$(BIN)/python -m pytest -m ""
 
 test-unit: $(STAMP) ## only what is quick and starts no cluster

@@ -130,12 +130,17 @@ def weights(root: Path, case: dict[str, Any]) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(files)}
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The storage root of runs of two workers without Ray and without a fault."""
-    root = tmp_path_factory.mktemp("undisturbed")
-    run_ranks(2, [*FAULTS, ELASTIC], root, "tests.elastic.stage_rank")
-    return root
+@pytest.fixture
+def undisturbed(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
+    """The storage root of a case that two workers ran without Ray and without a fault."""
+
+    def run(case: dict[str, Any]) -> Path:
+        root = tmp_path / "undisturbed"
+        root.mkdir()
+        run_ranks(2, [case], root, "tests.elastic.stage_rank")
+        return root
+
+    return run
 
 
 @pytest.fixture
@@ -157,8 +162,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
     ids=[case["name"] for case in FAULTS],
 )
 def test_a_killed_worker_node_and_driver_leave_no_trace(
-    case: dict[str, Any], undisturbed: Path, start: Callable[..., Job]
+    case: dict[str, Any], undisturbed: Callable[[dict[str, Any]], Path], start: Callable[..., Job]
 ) -> None:
+    whole = undisturbed(case)
     job = start(case)
     job.wait_for_more_checkpoints(case)
     job.kill_worker()
@@ -169,7 +175,7 @@ def test_a_killed_worker_node_and_driver_leave_no_trace(
     job.kill_driver()
     job.start()
     job.finish()
-    (expected,) = told(undisturbed, case)
+    (expected,) = told(whole, case)
     assert sorted(expected) == list(range(1, case["steps"] + 1))
     first, second = told(job.root, case)
     for losses in (first, second):  # the same bits
@@ -177,15 +183,19 @@ def test_a_killed_worker_node_and_driver_leave_no_trace(
     # What the killed driver had not yet told of the steps before the checkpoint is all that may be missing.
     assert min(second) > 1
     assert sorted(second) == list(range(min(second), case["steps"] + 1))
-    assert figures(job.root, case) == figures(undisturbed, case), "a sample was skipped or counted twice"
-    assert weights(job.root, case) == weights(undisturbed, case) != {}
+    assert figures(job.root, case) == figures(whole, case), "a sample was skipped or counted twice"
+    assert weights(job.root, case) == weights(whole, case) != {}
     assert not list(job.root.glob("*/steps/*/attempts"))
     if case["stage"] == "finetune":
         (model,) = job.root.glob("*/steps/finetune-*/model")
         assert load_assistant(model).settings.conversation.template == "v1"
 
 
-def test_training_shrinks_and_grows_with_the_cluster(undisturbed: Path, start: Callable[..., Job]) -> None:
+@pytest.mark.thorough
+def test_training_shrinks_and_grows_with_the_cluster(
+    undisturbed: Callable[[dict[str, Any]], Path], start: Callable[..., Job]
+) -> None:
+    whole = undisturbed(ELASTIC)
     job = start(ELASTIC)
 
     def saved_by(workers: int) -> bool:
@@ -199,7 +209,7 @@ def test_training_shrinks_and_grows_with_the_cluster(undisturbed: Path, start: C
     job.ask("grow")
     job.wait_for(lambda: saved_by(2))
     job.finish()
-    ((losses,), (expected,)) = told(job.root, ELASTIC), told(undisturbed, ELASTIC)
+    ((losses,), (expected,)) = told(job.root, ELASTIC), told(whole, ELASTIC)
     assert losses == pytest.approx(expected, rel=1e-5)
 
 
