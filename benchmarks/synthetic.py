@@ -96,6 +96,7 @@ def add_options(parser: argparse.ArgumentParser, batch: int = 16, micro: int = 8
     parser.add_argument("--steps", type=int, default=steps, help=f"measured steps (default: {steps})")
     parser.add_argument("--warm-up", type=int, default=1, help="steps before those (default: 1)")
     parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto")
+    parser.add_argument("--compile", action="store_true", help="torch.compile on Rayva's side")
     parser.add_argument("--text-scale", type=float, default=1.0, help="factor on text lengths")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scratch", help="folder for the run (default: the system's temporary folder)")
@@ -128,7 +129,9 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def stage_changes(options: argparse.Namespace) -> dict[str, Any]:
     """What the options change of a stage's settings."""
-    return {name: getattr(options, name) for name in ("batch_size", "micro_batch_size", "precision")}
+    return {
+        name: getattr(options, name) for name in ("batch_size", "micro_batch_size", "precision", "compile")
+    }
 
 
 def setting_of(options: argparse.Namespace, root: str) -> Setting:

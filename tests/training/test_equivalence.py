@@ -84,6 +84,19 @@ def test_one_worker_equals_a_plain_loop(split: dict[str, Any], process_group: No
         torch.testing.assert_close(gathered[name], expected, atol=2e-4, rtol=0)
 
 
+@pytest.mark.slow
+def test_a_compiled_model_has_the_same_losses(process_group: None, tmp_path: Path) -> None:
+    settings = COMMON | {"micro_batch_size": 4, "zero": 2}
+    losses = []
+    for compiled in (False, True):
+        hooks = FolderHooks(tmp_path / str(compiled))
+        job = tiny_job(**settings, compile=compiled)
+        train(job, hooks)
+        losses.append([metrics["loss"] for metrics in hooks.metrics])
+        assert (job.model.language.base_model._compiled_call_impl is not None) == compiled
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 @pytest.fixture(scope="module")
 def scenes_reference() -> tuple[list[float], list[list[str]], dict[str, torch.Tensor]]:
     torch.set_num_threads(1)

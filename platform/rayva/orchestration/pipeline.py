@@ -107,7 +107,8 @@ def _stage(name: Literal["pretrain", "finetune"]) -> Settings:
     before there were such settings still holds.
     """
     split = (
-        "micro_batch_size", "packing", "gradient_checkpointing", "checkpoint_every", "checkpoint_minutes",
+        "micro_batch_size", "packing", "gradient_checkpointing", "compile", "checkpoint_every",
+        "checkpoint_minutes",
         "keep_checkpoints", "keep_best",
     )  # fmt: skip
     template = "conversation.template" if name == "pretrain" else "conversation.pretrain_template"

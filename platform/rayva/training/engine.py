@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,6 +37,8 @@ def init_distributed(device: torch.device) -> None:
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
             store = dist.HashStore()  # type: ignore[attr-defined]  # its stub is not exported
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    # DeepSpeed calls torch by names that are about to change; users can do nothing about it.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
     import deepspeed
     import deepspeed.ops
     from deepspeed.utils import logger as deepspeed_logger
@@ -77,6 +80,8 @@ class Engine:
         self._clips_itself = self.zero == 0
         if stage.gradient_checkpointing:
             model.language.gradient_checkpointing_enable({"use_reentrant": False})
+        if stage.compile:
+            model.language.base_model.compile(dynamic=True)  # rows have as many lengths as there are batches
         model.train()
         groups = _parameter_groups(model, stage)
         self._base_lrs = [float(group["lr"]) for group in groups]
