@@ -117,6 +117,8 @@ def source_of(setting: Setting, stage: StageName, name: str, features: FeatureRe
 class NoFeatures:
     """Stands in where only the text of samples is wanted."""
 
+    encodes = False
+
     def __init__(self, num_tokens: int) -> None:
         self.num_tokens = num_tokens
 

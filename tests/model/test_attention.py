@@ -21,7 +21,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from rayva.model.attention import isolate_samples
+from rayva.model import attention
+from rayva.model.attention import isolate_samples, sample_borders
 from rayva.model.batch import Row, collate, collate_flat, collate_packed
 from rayva.model.vlm import VisionLanguageModel
 from rayva.text.special import IMAGE_TOKEN_INDEX
@@ -75,6 +76,29 @@ def test_a_flat_row_equals_samples_alone(checkpointing: bool) -> None:
     torch.testing.assert_close(packed, expected, rtol=1e-6, atol=0)
     for gradient, reference in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("scaling", [None, 0.2])
+@pytest.mark.parametrize(("heads", "shared"), [(6, 3), (4, 1)])
+@pytest.mark.parametrize("lengths", [[1, 7, 30], [attention._PRODUCTS_UP_TO + 1, 5]])
+def test_half_precision_on_a_cpu_is_as_near_to_fp32_as_torch_is(
+    lengths: list[int], heads: int, shared: int, scaling: float | None
+) -> None:
+    """Values and gradients, sample by sample; the long one goes through torch's own kernel."""
+    torch.manual_seed(0)
+    total = sum(lengths)
+    whole = [torch.randn(1, n, total, 16) for n in (heads, heads // shared, heads // shared)]
+    borders = sample_borders(lengths, torch.device("cpu"))
+    upstream = torch.randn(1, total, heads, 16)
+
+    def attended(dtype: torch.dtype) -> list[Tensor]:
+        inputs = [x.to(dtype).requires_grad_() for x in whole]
+        out, _ = attention._attend(torch.nn.Module(), *inputs, None, scaling=scaling, **borders)
+        return [out, *torch.autograd.grad(out, inputs, upstream.to(dtype))]
+
+    for half, exact in zip(attended(torch.bfloat16), attended(torch.float32), strict=True):
+        assert half.dtype == torch.bfloat16
+        torch.testing.assert_close(half.float(), exact, atol=0.03, rtol=0.03)
 
 
 def test_prepared_models_compute_padded_batches_as_before() -> None:

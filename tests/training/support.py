@@ -82,6 +82,7 @@ class TinyFeatures:
     """Features of image<n>, from its number."""
 
     num_tokens = TOKENS_PER_IMAGE
+    encodes = False
 
     def read(self, image_ids: Sequence[str]) -> list[Tensor]:
         return [self._one(int(image_id.removeprefix("image"))) for image_id in image_ids]
@@ -114,6 +115,7 @@ class PixelFeatures:
     """Features of drawn scenes: the mean colours of a 4 x 4 grid's cells, each in quarters."""
 
     num_tokens, hidden = 16, 12
+    encodes = False
 
     def __init__(self, images: Iterable[ImageRecord]) -> None:
         self._features = {image.image_id: self._pool(image) for image in images}

@@ -135,6 +135,29 @@ def test_prefetched_steps_come_in_order_and_errors_at_their_step() -> None:
         next(steps)
 
 
+@pytest.mark.parametrize("encodes", [False, True])
+def test_reading_ahead_takes_no_core_from_training_unless_it_encodes(encodes: bool) -> None:
+    told: list[int] = []
+
+    class Telling(TinyFeatures):
+        def read(self, image_ids):  # type: ignore[no-untyped-def]
+            told.append(torch.get_num_threads())
+            return super().read(image_ids)
+
+    Telling.encodes = encodes
+    source = tiny_source(30)
+    source._features = Telling()
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with prefetch(0, TrainingPlan(30, 8, 1, 0, "d"), source, Share(0, 1, 4), VISION_HIDDEN) as steps:
+            list(steps)
+        assert set(told) == {2 if encodes else 1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_rank_without_samples_has_a_batch_without_supervision() -> None:
     batch = collate([], VISION_HIDDEN)
     assert batch.input_ids_BT.shape == (1, 1)

@@ -96,6 +96,8 @@ def _load(root: str, overrides: Sequence[str], stage: str) -> tuple[SampleSource
 class _Unread:
     """Features whose number alone is asked for."""
 
+    encodes = False
+
     def __init__(self, num_tokens: int) -> None:
         self.num_tokens = num_tokens
 

@@ -4,23 +4,26 @@ Rows without padding and without a block mask: what attention costs is the sum o
 not the square of the row. A kind of attention for transformers, which hands the samples' borders through
 to it under the names that its flash attention takes.
 
-Shapes: B rows (one), A heads, K key and value heads, T positions, D head size, N samples.
+Shapes: B rows (one), A heads, K key and value heads, S = A / K x T, T positions, D head size, N samples.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "rayva_isolated"
 _OTHER_SETTINGS = ("attn_logit_softcapping", "attention_chunk_size", "attention_dropout", "attn_pdrop")
+_PRODUCTS_UP_TO = 1024
+"""Tokens up to which a sample's scores are kept for the backward pass (2 MiB a head in bf16)."""
 _FLASH_CAPABILITY = 8
 """Compute capability (major) from which torch's variable-length kernel works."""
 
@@ -81,12 +84,42 @@ def _attend(
     # Split, not sliced: the gradients of slices would each be as large as the row.
     parts = (torch.split(x, lengths, dim=2) for x in (query_BATD, key_BKTD, value_BKTD))
     attended = [
-        functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped
-        )
-        for query, key, value in zip(*parts, strict=True)
+        _attend_one(query, key, value, scaling, grouped) for query, key, value in zip(*parts, strict=True)
     ]
     return torch.cat(attended, dim=2).transpose(1, 2), None
+
+
+def _attend_one(
+    query_BATD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, scaling: float | None, grouped: bool
+) -> Tensor:
+    """Causal attention of one sample: [B, A, T, D]."""
+    length = query_BATD.shape[2]
+    if query_BATD.dtype == torch.bfloat16 and not query_BATD.is_cuda and length <= _PRODUCTS_UP_TO:
+        return _by_products(query_BATD, key_BKTD, value_BKTD, scaling)
+    return scaled_dot_product_attention(
+        query_BATD, key_BKTD, value_BKTD, is_causal=True, scale=scaling, enable_gqa=grouped
+    )
+
+
+def _by_products(query_BATD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, scaling: float | None) -> Tensor:
+    """The same, as two matrix products: on CPUs, torch's fused kernel is far slower than these in bf16.
+
+    Scores are kept in bf16, as in transformers' eager attention; the softmax sums in fp32. Query heads that
+    share a key head stand behind one another in one product.
+    """
+    _, heads, length, size = query_BATD.shape
+    shared = heads // key_BKTD.shape[1]
+    scaled_KSD = (query_BATD * (size**-0.5 if scaling is None else scaling)).reshape(
+        -1, shared * length, size
+    )
+    mask_ST = _causal_mask(length, shared, query_BATD.dtype)
+    scores_KST = torch.baddbmm(mask_ST, scaled_KSD, key_BKTD[0].transpose(1, 2))
+    return (scores_KST.softmax(-1) @ value_BKTD[0]).view_as(query_BATD)
+
+
+@functools.lru_cache(maxsize=16)
+def _causal_mask(length: int, shared: int, dtype: torch.dtype) -> Tensor:
+    return torch.full((length, length), -torch.inf, dtype=dtype).triu(1).repeat(shared, 1)
 
 
 def _has_kernel(query_BATD: Tensor) -> bool:

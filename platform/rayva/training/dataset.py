@@ -31,6 +31,8 @@ class FeatureReader(Protocol):
 
     num_tokens: int
     """N: features of one image."""
+    encodes: bool
+    """Whether reading is computing, with torch's threads, and not only waiting for a storage."""
 
     def read(self, image_ids: Sequence[str]) -> list[Tensor]:
         """Features [N, D] of each image."""
@@ -40,6 +42,8 @@ class FeatureReader(Protocol):
 class StoredFeatures:
     """Features of the store, found by the image's content key and read by several threads."""
 
+    encodes = False
+
     def __init__(
         self,
         read: Callable[[str], npt.NDArray[np.float16]],
@@ -48,7 +52,7 @@ class StoredFeatures:
         threads: int = 16,
     ) -> None:
         self._read, self._keys, self.num_tokens = read, keys, num_tokens
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="features")
+        self._pool = ThreadPoolExecutor(threads, "features", initializer=leave_cores_to_training)
 
     def read(self, image_ids: Sequence[str]) -> list[Tensor]:
         """Features [N, D] of each image, in fp16; one that several samples share is read once."""
@@ -58,6 +62,15 @@ class StoredFeatures:
 
     def _copy(self, key: str) -> Tensor:
         return torch.tensor(self._read(key))
+
+
+def leave_cores_to_training() -> None:
+    """In a thread that reads: torch copies in this thread alone.
+
+    OpenMP lets the training thread's helpers spin between operations only while there are no more threads in
+    teams than cores; a second team makes them sleep, and every operation of the model wakes them up again.
+    """
+    torch.set_num_threads(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +121,11 @@ class SampleSource:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def encodes(self) -> bool:
+        """Whether reading features is computing them."""
+        return self._features.encodes
 
     @property
     def max_tokens(self) -> int:

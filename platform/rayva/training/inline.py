@@ -20,6 +20,8 @@ class InlineFeatures:
     `images` is a table of `rayva.data.schema.IMAGES`.
     """
 
+    encodes = True
+
     def __init__(self, images: pa.Table, tower: VisionTower, max_pixels: int, max_bytes: int) -> None:
         self.num_tokens = tower.num_tokens
         self._tower, self._max_pixels, self._max_bytes = tower, max_pixels, max_bytes

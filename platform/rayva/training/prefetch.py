@@ -12,7 +12,7 @@ from typing import Literal
 
 from rayva.model.batch import Batch, Row, collate, collate_flat, collate_packed
 from rayva.text.special import IMAGE_TOKEN_INDEX
-from rayva.training.dataset import Example, SampleSource
+from rayva.training.dataset import Example, SampleSource, leave_cores_to_training
 from rayva.training.plan import TrainingPlan, deal, pack
 
 _ROW_SAMPLES = 2
@@ -145,7 +145,9 @@ def prefetch(
     ahead: Ahead = _AHEAD,
 ) -> Iterator[Iterator[tuple[PreparedStep, float]]]:
     """Yields an iterator over (step, seconds waited for it); an error in the thread is raised at its step."""
-    executor = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+    executor = ThreadPoolExecutor(
+        1, "prefetch", initializer=None if source.encodes else leave_cores_to_training
+    )
     pending: deque[Future[PreparedStep]] = deque()
 
     left = iter(range(first_step, plan.steps_total))
