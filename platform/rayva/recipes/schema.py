@@ -248,7 +248,7 @@ class Stage(Config):
     """Optimizer state in host memory (DeepSpeed CPU offload)."""
     gradient_checkpointing: bool = False
     compile: bool = False
-    """Compiles the language model (torch.compile): it takes half a minute at the start, and pays on some devices."""
+    """torch.compile for the language model: half a minute at the start; it pays on some devices."""
     seed: int = 0
     checkpoint_every: int = Field(default=200, ge=1)
     """Optimizer steps between checkpoints."""
