@@ -121,8 +121,12 @@ def service(tmp_path: Path) -> Iterator[str]:
                 pass
             yield line.split()[2]
         finally:
-            job.send_signal(signal.SIGINT)
-            job.wait(timeout=60)
+            job.send_signal(signal.SIGTERM)
+            try:
+                job.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                job.kill()  # else leaving the block would wait for ever
+                raise
 
 
 @pytest.mark.slow
