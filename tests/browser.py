@@ -32,7 +32,7 @@ class Seen:
 
 def look(page: Path, *expressions: str, size: tuple[int, int] = (1100, 1400), dark: bool = False) -> Seen:
     """Loads a file, evaluates JavaScript expressions in it, and takes a picture of the whole page."""
-    with tempfile.TemporaryDirectory() as profile:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = [
             str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
             "--remote-debugging-port=0", f"--user-data-dir={profile}", f"--window-size={size[0]},{size[1]}",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -113,6 +114,8 @@ def main(root: Path, cases: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
+    # Shells start what runs in the background with Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # A name for the sockets that fits, and a folder that goes with the test.
     os.environ.setdefault("RAY_TMPDIR", tempfile.mkdtemp(prefix="ray", dir="/tmp"))
     main(Path(sys.argv[1]), json.loads(sys.argv[2]))
