@@ -213,6 +213,7 @@ def test_training_shrinks_and_grows_with_the_cluster(
     assert losses == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.thorough
 def test_a_notice_of_preemption_and_a_signal_to_the_driver_save_at_once(start: Callable[..., Job]) -> None:
     case = {**STAGES[1], "workers": 2, "steps": 4000, "in_main_thread": True}
     case["settings"] = {"zero": 3, "checkpoint_every": 100_000}
