@@ -127,9 +127,14 @@ def read_box(box: object) -> Box:
 
 
 def _record_of_row(row: dict[str, Any], folder: ImageFolder, split: Split) -> ImageRecord:
-    captions, instances = row.get("captions"), row.get("instances", [])
     if not isinstance(row.get("image"), str):
         raise BadRow("bad_image_field", "the row has no `image`")
+    captions, instances = read_lists(row.get("captions"), row.get("instances", []))
+    return _complete(row["image"], tuple(str(c).strip() for c in captions), instances, folder, split)
+
+
+def read_lists(captions: object, instances: object) -> tuple[list[Any], list[Instance]]:
+    """`captions` and `instances` of a JSON row, the boxes normalised already; else `BadRow`."""
     if not isinstance(captions, list) or not isinstance(instances, list):
         raise BadRow("malformed_row", "`captions` and `instances` must be lists")
     found = []
@@ -137,7 +142,7 @@ def _record_of_row(row: dict[str, Any], folder: ImageFolder, split: Split) -> Im
         if not isinstance(instance, dict) or not isinstance(instance.get("category"), str):
             raise BadRow("unknown_category", f"{instance!r} has no category")
         found.append(Instance(checked_text(instance["category"]), read_box(instance.get("bbox"))))
-    return _complete(row["image"], tuple(str(c).strip() for c in captions), found, folder, split)
+    return captions, found
 
 
 def _complete(

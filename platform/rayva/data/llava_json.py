@@ -30,10 +30,7 @@ from rayva.data.schema import (
 )
 from rayva.data.splits import UniqueIds, held_out
 from rayva.errors import RecipeError
-from rayva.recipes.schema import Data
-
-StageName = Literal["pretrain", "finetune"]
-STAGES: tuple[StageName, ...] = ("pretrain", "finetune")
+from rayva.recipes.schema import STAGES, Data, StageName
 
 
 @dataclass(frozen=True, slots=True)

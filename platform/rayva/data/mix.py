@@ -11,9 +11,7 @@ from typing import Protocol
 from rayva.data import captions
 from rayva.data.bundle import DatasetBundle, Lazy
 from rayva.data.llava_json import (
-    STAGES,
     LlavaFile,
-    StageName,
     distinct,
     held_out_questions,
     location,
@@ -22,7 +20,7 @@ from rayva.data.locations import absolute, parent
 from rayva.data.schema import ImageRecord, Question, Rejected, Sample
 from rayva.data.splits import UniqueIds
 from rayva.errors import DataError
-from rayva.recipes.schema import Data, Dataset
+from rayva.recipes.schema import STAGES, Data, Dataset, StageName
 
 
 def build(data: Data, brief: Sequence[str], detailed: Sequence[str]) -> DatasetBundle:

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rayva.data.coco import coco_annotations
-from rayva.data.coco import read_box as _read_box
+from rayva.data.coco import coco_annotations, read_lists
 from rayva.data.json_rows import read_json_rows
 from rayva.data.quarantine import BadRow, checked_text
 from rayva.data.schema import ImageRecord, Instance
@@ -52,18 +51,12 @@ def read_contexts(uri: str) -> Iterator[Context | BadContext]:
 
 
 def _context(row: dict[str, Any]) -> Context:
-    image, captions, instances = row.get("image"), row.get("captions"), row.get("instances") or []
+    image = row.get("image")
     if not isinstance(image, str) or not image:
         raise BadRow("bad_image_field", "the row has no `image`")
-    if not isinstance(captions, list) or not isinstance(instances, list):
-        raise BadRow("malformed_row", "`captions` and `instances` must be lists")
-    found = []
-    for instance in instances:
-        if not isinstance(instance, dict) or not isinstance(instance.get("category"), str):
-            raise BadRow("unknown_category", f"{instance!r} has no category")
-        found.append(Instance(checked_text(instance["category"]), _read_box(instance.get("bbox"))))
+    captions, instances = read_lists(row.get("captions"), row.get("instances") or [])
     name = row.get("id", image.rpartition("/")[2].rpartition(".")[0] or image)
-    return _complete(str(name), image, captions, found)
+    return _complete(str(name), image, captions, instances)
 
 
 def from_coco(captions: str, instances: str | None) -> Iterator[Context | BadContext]:

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rayva.data.bundle import DatasetBundle
 from rayva.data.locations import absolute, file_system, is_folder, open_input
@@ -15,7 +15,7 @@ from rayva.data.schema import ImageRecord, Question, Rejected, Sample
 from rayva.data.tables import Record, write_records
 from rayva.errors import DataError
 from rayva.progress import Progress
-from rayva.recipes.schema import Data, Recipe
+from rayva.recipes.schema import STAGES, Data, Recipe, StageName
 
 if TYPE_CHECKING:
     from rayva.orchestration.pipeline import StepContext, StepResult
@@ -45,10 +45,7 @@ def run(ctx: StepContext) -> StepResult:
     from rayva.orchestration.pipeline import StepResult
 
     bundle = load_bundle(ctx.recipe.data)
-    by_dataset: dict[Literal["pretrain", "finetune"], Counter[str]] = {
-        "pretrain": Counter(),
-        "finetune": Counter(),
-    }
+    by_dataset: dict[StageName, Counter[str]] = {stage: Counter() for stage in STAGES}
     tables: tuple[tuple[str, type[Any], Iterable[Any]], ...] = (
         ("images", ImageRecord, bundle.images),
         ("pretrain", Sample, _counted(bundle.pretrain, by_dataset["pretrain"])),
@@ -110,7 +107,7 @@ def fingerprint(recipe: Recipe) -> dict[str, str]:
     """
     data = recipe.data
     uris = {f"data.{name}": getattr(data, name) for name in _INPUTS.get(data.source, ())}
-    for stage in ("pretrain", "finetune"):
+    for stage in STAGES:
         for number, dataset in enumerate(getattr(data, f"{stage}_mix")):
             uris[f"data.{stage}_mix.{number}.path"] = dataset.path
             uris[f"data.{stage}_mix.{number}.images"] = dataset.images
@@ -168,7 +165,7 @@ def _check(data: Data, outputs: dict[str, Any]) -> None:
                     + (f" (quarantined: {reasons})" if reasons else ""),
                     "see quarantine.parquet in the data step's folder, and mend it or take it out of the mix",
                 )
-    for stage in ("pretrain", "finetune"):
+    for stage in STAGES:
         if not outputs[stage]:
             file = getattr(data, f"{stage}_json" if data.source == "llava" else "captions")
             where = f" ({file})" if file else ""

@@ -6,7 +6,7 @@ import contextlib
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from rayva.errors import RayvaError
 from rayva.lock import JobLock
@@ -15,6 +15,7 @@ from rayva.orchestration.summary import build_summary, write_summary
 from rayva.progress import duration, say
 from rayva.provenance import code_version
 from rayva.recipes import Recipe, require_runnable, to_dict
+from rayva.recipes.schema import StageName
 from rayva.steps import AttemptClock, StepFolder, step_digest
 from rayva.storage import Storage
 
@@ -100,7 +101,7 @@ def _data(recipe: Recipe) -> dict[str, Any]:
     return settings
 
 
-def _stage(name: Literal["pretrain", "finetune"]) -> Settings:
+def _stage(name: StageName) -> Settings:
     """A training stage's slice. How the work is split does not change the result, so it stays out.
 
     Limits of length that are not given, and weights without a mix, are left out too: what was finished

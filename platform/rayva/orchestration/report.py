@@ -18,6 +18,7 @@ from rayva.evaluation.metrics import Answer
 from rayva.evaluation.report import Page, render
 from rayva.orchestration.pipeline import StepContext
 from rayva.provenance import code_version
+from rayva.recipes.schema import STAGES
 from rayva.steps import StepFolder
 from rayva.tracking.history import HISTORY, read_history
 from rayva.vision.decode import BadImage, decode_image
@@ -41,9 +42,7 @@ def write_report(ctx: StepContext, evaluated: Evaluated) -> list[str]:
     """Writes report.html, gallery/*.png and curves/*.png; returns their paths under the storage root."""
     steps = _ancestors(ctx)
     stages: dict[str, list[dict[str, float]]] = {
-        name: read_history(ctx.storage, steps[name].join(HISTORY))
-        for name in ("pretrain", "finetune")
-        if name in steps
+        name: read_history(ctx.storage, steps[name].join(HISTORY)) for name in STAGES if name in steps
     }
     exhibits = choose(evaluated.answers, ctx.recipe.evaluation.gallery)
     pictures = _thumbnails(ctx, {image_id for exhibit in exhibits for image_id in exhibit.image_ids})

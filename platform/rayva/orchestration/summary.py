@@ -8,6 +8,7 @@ from typing import Any
 
 from rayva.progress import duration
 from rayva.recipes import Recipe
+from rayva.recipes.schema import STAGES
 from rayva.steps import StepFolder
 from rayva.storage import Storage
 
@@ -126,7 +127,7 @@ def _figures(summary: Mapping[str, Any]) -> list[str]:
 
 def _mix(summary: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
-    for stage in ("pretrain", "finetune"):
+    for stage in STAGES:
         for name, counts in summary.get("datasets", {}).get(stage, {}).items():
             seen = f"{counts['samples']:,} samples visited {counts['visited']:,} times"
             lines.append(f"  {stage}, dataset {name}: {seen}")

@@ -22,12 +22,12 @@ from rayva.errors import RayvaError
 from rayva.orchestration.pipeline import StepContext, StepResult
 from rayva.orchestration.train_callbacks import Mailbox, RayHooks
 from rayva.progress import Progress, say
+from rayva.recipes.schema import StageName
 from rayva.training.engine import init_distributed
 from rayva.training.loop import train
 from rayva.training.stage import (
     ATTEMPTS,
     RESULT,
-    StageName,
     StageWork,
     checkpoint_store,
     prepare,

@@ -16,9 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from rayva.errors import RecipeError
-from rayva.recipes.schema import Data, Dataset, Recipe
-
-_STAGES = ("pretrain", "finetune")
+from rayva.recipes.schema import STAGES, Data, Dataset, Recipe
 
 
 class _Yaml12Loader(yaml.SafeLoader):
@@ -151,7 +149,7 @@ def require_runnable(recipe: Recipe) -> None:
         "captions": ("captions",),
     }[data.source]
     _check_mix(data)
-    mixed = [f"{stage}_json" for stage in _STAGES if getattr(data, f"{stage}_mix")]
+    mixed = [f"{stage}_json" for stage in STAGES if getattr(data, f"{stage}_mix")]
     missing = [f"data.{field}" for field in needed if field not in mixed and not getattr(data, field)]
     if missing:
         raise RecipeError(
@@ -159,7 +157,7 @@ def require_runnable(recipe: Recipe) -> None:
             f"much: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set.",
             "add " + " ".join(f"{key}=..." for key in missing) + " (or use data.source=scenes)",
         )
-    for stage in _STAGES:
+    for stage in STAGES:
         if getattr(recipe, stage).offload and getattr(recipe, stage).zero == 0:
             raise RecipeError(
                 f"{stage}.offload needs the optimizer state to be sharded, but {stage}.zero is 0.",
@@ -181,7 +179,7 @@ def _check_mix(data: Data) -> None:
             f"{data.source!r}.",
             "set data.source=llava; a dataset of the mix may have format: captions",
         )
-    for stage in _STAGES:
+    for stage in STAGES:
         mix: tuple[Dataset, ...] = getattr(data, f"{stage}_mix")
         for other in (f"{stage}_json", f"{stage}_images"):
             if mix and getattr(data, other):

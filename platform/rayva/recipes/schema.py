@@ -18,6 +18,11 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
+StageName = Literal["pretrain", "finetune"]
+STAGES: tuple[StageName, ...] = ("pretrain", "finetune")
+"""The two training stages, in their order (section 4.2)."""
+
+
 class Config(BaseModel):
     """Base of all sections: frozen, no unknown keys, no silent coercion of wrong types."""
 
@@ -150,7 +155,7 @@ class Data(Config):
         """Whether samples carry the name of their dataset, in both stages."""
         return bool(self.pretrain_mix or self.finetune_mix)
 
-    def datasets(self, stage: Literal["pretrain", "finetune"]) -> tuple[Dataset, ...]:
+    def datasets(self, stage: StageName) -> tuple[Dataset, ...]:
         """The datasets of a stage where either has a mix: a lone `*_json` is one, too. Else none."""
         mix, path, images = (
             (self.pretrain_mix, self.pretrain_json, self.pretrain_images)

@@ -31,7 +31,7 @@ from rayva.model.language import cover_vocabulary, load_language_model, load_tok
 from rayva.model.lora import merged_state, remove_adapters, save_adapter
 from rayva.model.projector import build_projector, load_projector
 from rayva.model.vlm import VisionLanguageModel
-from rayva.recipes.schema import Recipe, Stage
+from rayva.recipes.schema import Recipe, Stage, StageName
 from rayva.steps import StepFolder
 from rayva.storage import Storage, storage_errors
 from rayva.text.templates import get_template
@@ -45,7 +45,6 @@ from rayva.training.resume import FAILED
 from rayva.training.store import CheckpointStore
 from rayva.vision.towers import TowerDescription, describe_tower, load_tower
 
-StageName = Literal["pretrain", "finetune"]
 ATTEMPTS = "attempts"
 """What only an unfinished stage needs; gone afterwards."""
 RESULT = "result.json"
