@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rayva.training.engine import init_distributed
+from rayva.training.engine import init_distributed, leave_distributed
 from rayva.training.loop import train
 from tests.training.support import FolderHooks, tiny_job
 
@@ -35,8 +35,7 @@ def main(root: Path, cases: list[dict[str, Any]]) -> None:
     init_distributed(torch.device("cpu"))
     for case in cases:
         run(case, root, int(os.environ["RANK"]))
-    torch.distributed.barrier()
-    os._exit(0)  # what an interrupted run leaves is not torn down in an order that gloo's threads survive
+    leave_distributed()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from rayva.storage import Storage
-from rayva.training.engine import init_distributed
+from rayva.training.engine import init_distributed, leave_distributed
 from rayva.training.loop import train
 from rayva.training.stage import StageWork, prepare, write_outputs
 from tests.elastic.support import stage_inputs, stage_recipe
@@ -48,8 +48,7 @@ def main(root: Path, cases: list[dict[str, Any]]) -> None:
     init_distributed(torch.device("cpu"))
     for case in cases:
         run(root, case)
-    torch.distributed.barrier()
-    os._exit(0)  # gloo's threads may outlive the modules they use
+    leave_distributed()
 
 
 if __name__ == "__main__":

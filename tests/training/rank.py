@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from rayva.training import loop
-from rayva.training.engine import init_distributed
+from rayva.training.engine import init_distributed, leave_distributed
 from tests.training.support import FolderHooks, scenes_job
 
 
@@ -47,6 +47,7 @@ def main(settings: list[dict[str, object]], steps: int, folder: Path) -> None:
         told.append(([metrics["loss"] for metrics in hooks.metrics], ids))
         result.engine.close()
     (folder / f"told-{os.environ['RANK']}.json").write_text(json.dumps(told))
+    leave_distributed()
 
 
 if __name__ == "__main__":

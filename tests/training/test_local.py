@@ -111,3 +111,29 @@ def test_both_stages_under_torchrun(recipe: Recipe, tmp_path: Path) -> None:
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-5)
     assert "finetune is finished" in _finish(_start(tmp_path, "finetune", 1, *lora))
+
+
+_LEAVES = """
+import os, torch, torch.distributed as dist
+from rayva.training.engine import init_distributed, leave_distributed
+
+def threads():
+    return [open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")]
+
+init_distributed(torch.device("cpu"))
+dist.all_reduce(torch.ones(1))
+assert any("gloo" in name for name in threads())
+leave_distributed()
+assert not any("gloo" in name for name in threads()), threads()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+def test_no_thread_of_the_process_group_outlives_leaving_it() -> None:
+    """One that lets go of a tensor while Python ends would abort the process."""
+    done = subprocess.run(
+        [sys.executable, "-c", _LEAVES], env=os.environ | {"PYTHONPATH": str(ROOT / "platform")},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

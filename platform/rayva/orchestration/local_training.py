@@ -28,7 +28,7 @@ from rayva.progress import Progress, say
 from rayva.recipes import Recipe, require_runnable, resolve
 from rayva.steps import AttemptClock
 from rayva.storage import Storage
-from rayva.training.engine import init_distributed
+from rayva.training.engine import init_distributed, leave_distributed
 from rayva.training.loop import train
 from rayva.training.resume import Metrics, SavedCheckpoint
 from rayva.training.stage import ATTEMPTS, RESULT, StageWork, checkpoint_store, prepare, write_outputs
@@ -109,7 +109,7 @@ def _run(recipe: Recipe, storage: Storage, planned: Planned, options: argparse.N
         )
         result = train(prepared.job, hooks)
         write_outputs(work, prepared, result)
-        dist.barrier()
+        leave_distributed()
         if rank == 0:
             made = storage.read_json(planned.folder.join(RESULT))
             storage.delete(planned.folder.join(ATTEMPTS))

@@ -29,6 +29,11 @@ def init_distributed(device: torch.device) -> None:
     """
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
+    # Before the group is joined: defaults of DeepSpeed's functions would keep it alive for ever.
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import logger as deepspeed_logger
+
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if "MASTER_ADDR" in os.environ:
@@ -39,10 +44,6 @@ def init_distributed(device: torch.device) -> None:
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
     # DeepSpeed calls torch by names that are about to change; users can do nothing about it.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
-    import deepspeed
-    import deepspeed.ops
-    from deepspeed.utils import logger as deepspeed_logger
-
     deepspeed_logger.setLevel(logging.WARNING)
     if device.type == "cpu":
         # DeepSpeed would compile a shared-memory all-reduce (about a minute of g++) that only its
@@ -50,6 +51,17 @@ def init_distributed(device: torch.device) -> None:
         # all collectives of training either way. (Reading the list would run the compiler for each op.)
         deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def leave_distributed() -> None:
+    """Waits for all ranks and leaves the process group; a process that `init_distributed` put in one ends so.
+
+    A thread of gloo that still lets go of a tensor while Python ends would abort the process.
+    """
+    import deepspeed.comm
+
+    dist.barrier()
+    deepspeed.comm.destroy_process_group()
 
 
 class Engine:
