@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaForCausalLM, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from rayva.model.checkpoint import open_checkpoint
 from rayva.model.projector import ProjectorKind, build_projector
 from tests.export.tiny_model import HIDDEN, PATCH, SIDE, WIDTH, make_language, make_tokenizer
 
@@ -123,3 +124,18 @@ def make_original(
     write_config(folder, original_config(language, kind, **config))
     tokenizer.save_pretrained(folder)
     return folder, tensors
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    """All weights of a model folder."""
+    parts = {name: open_checkpoint(folder / name) for name in ("language", "vision")}
+    tensors = {f"{part}.{n}": t.load() for part, own in parts.items() for n, t in own.items()}
+    projector = load_file(folder / "projector.safetensors")
+    return tensors | {f"projector.{name}": tensor for name, tensor in projector.items()}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    """Bit for bit, names and precision included."""
+    return set(first) == set(second) and all(
+        first[name].dtype == second[name].dtype and torch.equal(first[name], second[name]) for name in first
+    )
