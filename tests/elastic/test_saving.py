@@ -92,23 +92,32 @@ def empty(disk: Path) -> None:
     (disk / "filler").unlink()
 
 
-def _expected(tmp_path: Path) -> tuple[list[float], dict[str, bytes]]:
+def _expected(tmp_path: Path, **settings: Any) -> tuple[list[float], dict[str, bytes]]:
     hooks = StoreHooks(tmp_path / "whole")
-    model = train(tiny_job(epochs=3.0), hooks).engine.model
+    model = train(tiny_job(epochs=3.0, **settings), hooks).engine.model
     return hooks.losses, state_bytes(model)
 
 
-@pytest.mark.parametrize("full", ["the storage", "the place for temporary files"])
+@pytest.mark.parametrize(
+    ("full", "settings"),
+    [
+        ("the storage", {}),
+        ("the place for temporary files", {}),
+        ("the place for temporary files", {"zero": 2}),
+        ("the place for temporary files", {"zero": 3}),
+        ("the place for temporary files", {"precision": "bfloat16"}),
+    ],
+)
 def test_training_goes_on_over_a_full_disk(
-    full: str, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    full: str, settings: dict[str, Any], small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    losses, weights = _expected(tmp_path)
+    losses, weights = _expected(tmp_path, **settings)
     root = small_disk if full == "the storage" else tmp_path / "run"
     if full != "the storage":
         monkeypatch.setattr("tempfile.tempdir", str(small_disk))
     hooks = StoreHooks(root, last=1, at={4: lambda _: fill(small_disk), 7: lambda _: empty(small_disk)})
-    result = train(tiny_job(epochs=3.0), hooks)
+    result = train(tiny_job(epochs=3.0, **settings), hooks)
     assert (hooks.losses, state_bytes(result.engine.model)) == (losses, weights)
     assert result.counts[FAILED] == 1
     assert (hooks.failures[5], hooks.failures[-1]) == (0, 1)

@@ -102,6 +102,8 @@ class Engine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model.to(dtype), optimizer=optimizer, config=config
         )
+        # It would copy a script into every checkpoint, past the writer that keeps errors of the disk.
+        self._engine._copy_recovery_script = lambda save_path: None
 
     @property
     def model(self) -> VisionLanguageModel:
