@@ -148,6 +148,9 @@ def test_addresses_that_cannot_be_used_are_refused(url: str) -> None:
 def test_prices_of_families_and_of_a_table_of_ones_own(tmp_path: Path) -> None:
     prices = Prices.load()
     assert prices.find("gpt-4o-2024-08-06") == prices.find("gpt-4o") != prices.find("gpt-4o-mini")
+    assert prices.find("gpt-4-0613") == prices.find("gpt-4")
+    assert prices.find("gpt-4o-2024-05-13") != prices.find("gpt-4o")
+    assert prices.find("gpt-4o-audio-preview") is None
     assert prices.find("nobody-knows") is None
     with pytest.raises(RecipeError, match="nobody-knows"):
         prices.require("nobody-knows", "--max-cost")

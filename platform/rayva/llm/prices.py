@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -12,6 +13,7 @@ from rayva.errors import RecipeError
 from rayva.llm.request import ChatAnswer, ChatRequest
 
 _MILLION = 1_000_000
+_DATE = re.compile(r"-(?:\d{4}-\d{2}-\d{2}|\d{4})$")
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,8 @@ class Prices:
         return cls(table, path or "the table that comes with Rayva")
 
     def find(self, model: str) -> Price | None:
-        """The price of `model`, by its name or the longest name in the table that it begins with."""
-        names = [name for name in self._table if model == name or model.startswith(f"{name}-")]
-        return self._table[max(names, key=len)] if names else None
+        """The price of `model`; a dated name without a line of its own has that of its undated name."""
+        return self._table.get(model) or self._table.get(_DATE.sub("", model))
 
     def require(self, model: str, why: str) -> Price:
         """Like `find`; `RecipeError` where there is no price."""
