@@ -89,6 +89,8 @@ def test_the_published_predictions_of_llava_13b() -> None:
         ("The answer is A. No: The answer is B.", None),
         ("The answer is D.", None),  # there are three choices
         ("The answer is b.", None),
+        ("3. The answer is B.", 1),
+        ("3", None),
         ("blue", None),
         ("", None),
     ],

@@ -33,7 +33,7 @@ _SHOWN_DIFFERENCES = 20
 _LOWER_GRADES = {f"grade{number}" for number in range(1, 7)}
 _HIGHER_GRADES = {f"grade{number}" for number in range(7, 13)}
 _SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
-_LAST_LETTER = "E"
+_LETTERS = frozenset("ABCDE")
 
 Format = Literal["QCM-LEPA", "QCM-LEA", "QCM-A", "CQM-A"]
 
@@ -116,8 +116,7 @@ def parse_choice(text: str, choices: int) -> int | None:
     ("ANSWER: X.") where that does not occur. A letter beyond the choices is none.
     """
     text = text.strip()
-    bare = len(text) == 1 and text <= _LAST_LETTER
-    if bare or (len(text) >= 3 and text[0] <= _LAST_LETTER and text[1:3] == ". "):
+    if text in _LETTERS or (text[:1] in _LETTERS and text[1:3] == ". "):
         letter = text[0]
     else:
         found = _STATED.findall(text) or _LEPA.findall(text)
