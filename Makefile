@@ -14,7 +14,8 @@ help: ## this list
 setup: $(STAMP) ## the virtual environment with everything pinned
 
 $(STAMP): pyproject.toml constraints.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# Asked for pip, since an environment whose making was broken off has a Python and no pip.
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing pinned packages into $(VENV) (a few minutes, once) ..."
 	@# Torch first: with its version fixed, nothing that follows asks for another build of it.
 	$(BIN)/python -m pip install -q --disable-pip-version-check $(LOCKED) torch
