@@ -168,3 +168,14 @@ def test_the_released_answers_are_accepted(kind: Kind) -> None:
         found = tuple(_instance(line) for line in boxes.splitlines())
         context = Context("x", "x.jpg", tuple(captions.splitlines()), found)
         assert check(kind, parse(kind, answer, None), context) is None, answer
+
+
+def test_a_row_without_an_id_is_named_after_its_image(tmp_path: Path) -> None:
+    path = tmp_path / "contexts.jsonl"
+    rows = [
+        {"id": None, "image": "a/7.jpg", "captions": ["A dog."]},
+        {"image": "8.jpg", "captions": ["A cat."]},
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    read = list(contexts.read_contexts(str(path)))
+    assert [context.id for context in read if isinstance(context, Context)] == ["7", "8"]

@@ -32,6 +32,7 @@ PARK = Context(
 
 BROKEN = [
     ("refuses", "What is it?", "I'm sorry, but I can't help with that request."),
+    ("refuses", "What is it?", "I don't see any image here."),
     ("refuses", "What is it?", "As an AI language model, I have no eyes."),
     ("misses_image", "What is it?", "Please upload an image so that we can talk about it."),
     ("not_a_question", "???", "It is a dog."),
@@ -62,6 +63,7 @@ FINE = [
     ("What does the sign say?", "It names a price of 0.5 dollars."),
     ("Is the man sorry?", "He says that he is sorry, but he cannot see the dog."),
     ("How many legs does a dog have?", "Four legs, as dogs do."),
+    ("Are there any cars in the scene?", "No, I don't see any cars in the scene."),
     ("What is it?", "Red"),
 ]
 

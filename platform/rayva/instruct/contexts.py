@@ -55,7 +55,9 @@ def _context(row: dict[str, Any]) -> Context:
     if not isinstance(image, str) or not image:
         raise BadRow("bad_image_field", "the row has no `image`")
     captions, instances = read_lists(row.get("captions"), row.get("instances") or [])
-    name = row.get("id", image.rpartition("/")[2].rpartition(".")[0] or image)
+    name = row.get("id")
+    if name is None:
+        name = image.rpartition("/")[2].rpartition(".")[0] or image
     return _complete(str(name), image, captions, instances)
 
 

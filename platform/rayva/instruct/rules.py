@@ -32,7 +32,8 @@ _REFUSAL = re.compile(
     r"\bas an? (?:ai|artificial|language|text)\b.{0,30}\b(?:model|assistant|intelligence)\b"
     r"|\bI(?:'m| am) (?:very |so )?(?:sorry|afraid|unable)\b|\bI apologi[sz]e\b"
     r"|\bI (?:can(?:no|')t|can not|could not|do not|don't) "
-    r"(?:actually )?(?:see|view|have (?:access|the ability)|access|assist|help|provide|fulfill?|comply)\b",
+    r"(?:actually )?(?:(?:see|view)(?! any\b(?! (?:image|picture|photo)))"
+    r"|have (?:access|the ability)|access|assist|help|provide|fulfill?|comply)\b",
     re.IGNORECASE,
 )
 _NO_IMAGE = re.compile(
