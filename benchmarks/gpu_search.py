@@ -98,13 +98,20 @@ class Search:
         fixed = _STATE_BYTES * 2 * shape.vocabulary * shape.hidden + kept + 1e9
         return max(1, min(shape.layers, int((self._memory - fixed) / layer)))
 
-    def _try(self, **settings: Any) -> Trial | None:
+    def settings(self, trial: Trial) -> dict[str, Any]:
+        """What a trial was started with."""
+        keys = {*self._common(), "attention", "compile", "rows", "recompute"}
+        return {key: value for key, value in trial.items() if key in keys}
+
+    def _common(self) -> dict[str, Any]:
         options = self._options
-        common = {
+        return {
             "stage": self._stage, "row_tokens": options.row_tokens, "steps": options.steps,
             "warm_up": options.warm_up, "text_scale": options.text_scale, "depth": self._shape.layers,
         }  # fmt: skip
-        wanted = common | settings
+
+    def _try(self, **settings: Any) -> Trial | None:
+        wanted = self._common() | settings
         if any(all(trial[key] == value for key, value in wanted.items()) for trial in self.trials):
             return None
         trial = self._run_trial(wanted)

@@ -56,6 +56,10 @@ def main() -> None:
         until = deadline - (deadline - time.monotonic()) * (len(STAGES) - number) / len(STAGES)
         search = Search(stage, options, device, _trial_runner(common, until))
         figures["stages"][stage] = {"trials": search.run(), "best": search.best}
+        if options.profile and search.best:
+            best = search.settings(search.best) | {"profile": True}
+            profiled = support.run_child(__file__, common | best, _ENVIRONMENT)
+            figures["stages"][stage]["kernels"] = profiled.get("kernels", [])
     support.report(options, _TITLE, _body(figures, SHAPES[options.shape]), figures, started_on)
     for stage in STAGES:
         if figures["stages"][stage]["best"] is None:
@@ -83,6 +87,7 @@ def _options() -> argparse.Namespace:
     known = ", ".join(f"{name} {value:g}" for name, value in PEAK_TFLOPS.items())
     parser.add_argument("--peak-tflops", type=float, help=f"dense bf16 peak of the device; known: {known}")
     parser.add_argument("--text-scale", type=float, default=1.0, help="factor on text lengths")
+    parser.add_argument("--profile", action="store_true", help="tell which kernels the best trials spend on")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -145,7 +150,11 @@ def _stage(stage: StageName, found: dict[str, Any], peak: float | None) -> str:
         "layers", "rows", "attention", "compiled", "recomputed", "tokens/s", "MFU", "memory, GiB", "padding",
     ]  # fmt: skip
     lengths = next((trial["lengths"] for trial in found["trials"] if "lengths" in trial), "")
-    return f"### {TITLES[stage]}\n\n{lengths}\n\n" + support.table(header, rows)
+    told = f"### {TITLES[stage]}\n\n{lengths}\n\n" + support.table(header, rows)
+    if found.get("kernels"):
+        shares = [[f"`{name[:90]}`", f"{share:.1%}"] for name, share in found["kernels"]]
+        told += "\n\nWhere the best trial's time goes:\n\n" + support.table(["kernel", "share"], shares)
+    return told
 
 
 def _hours(figures: dict[str, Any], shape: Shape) -> str:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import random
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +21,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 from rayva.model.attention import isolate_samples
 from rayva.model.batch import Batch, Row, collate_flat, collate_packed
+from rayva.model.compiling import compile_layers
 from rayva.model.freeze import apply_freeze_policy
 from rayva.model.projector import build_projector
 from rayva.model.vlm import VisionLanguageModel
@@ -91,7 +94,8 @@ def train(work: dict[str, Any]) -> dict[str, Any]:
         return _train(work)
     except torch.OutOfMemoryError:
         return {"outcome": "out of memory"}
-    except (RuntimeError, ImportError, NotImplementedError, ValueError) as error:
+    except (RuntimeError, ImportError, NotImplementedError, ValueError, TypeError) as error:
+        traceback.print_exc()
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return {"outcome": f"failed: {line[:200]}"}
 
@@ -113,8 +117,7 @@ def _train(work: dict[str, Any]) -> dict[str, Any]:
     _set_recompute(model, work["recompute"])
     model.train()
     if work["compile"]:
-        for layer in model.language.model.layers:
-            layer.compile()
+        compile_layers(model.language)
     batches = [_batch(work, shape, random.Random(f"{work['seed']}/{i}")) for i in range(_DIFFERENT_BATCHES)]
     optimizer = MasterAdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
 
@@ -138,7 +141,21 @@ def _train(work: dict[str, Any]) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     if not torch.isfinite(loss):
         return {"outcome": "failed: the loss is not finite"}
-    return _figures(work, shape, measured, seconds)
+    figures = _figures(work, shape, measured, seconds)
+    if work.get("profile"):
+        figures["kernels"] = _kernels(lambda: step(batches[0]))
+    return figures
+
+
+def _kernels(step: Callable[[], Tensor], most: int = 12) -> list[tuple[str, float]]:
+    """The kernels that took most of a step, each with its share of the time of all kernels."""
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    spent = {event.key: float(event.self_device_time_total) for event in profile.key_averages()}
+    ordered = sorted(spent.items(), key=lambda item: -item[1])
+    return [(name, time_ / sum(spent.values())) for name, time_ in ordered[:most]]
 
 
 def _figures(work: dict[str, Any], shape: Shape, measured: list[Packed], seconds: float) -> dict[str, Any]:

@@ -133,7 +133,7 @@ class PixelFeatures:
 
 def scenes_job(steps: int, **settings: Any) -> TrainJob:
     """A job of `steps` steps over the built-in scenes: real pictures, questions and answers."""
-    stage = Stage(train="all", precision="float32", **settings)
+    stage = Stage(**({"train": "all", "precision": "float32"} | settings))
     count = 40 * stage.batch_size
     data = Data(source="scenes", seed=5, train_scenes=count, samples_per_image=1, questions_per_sample=1)
     bundle = scene_data.build(data)

@@ -10,6 +10,7 @@ Shapes: B rows (one), A heads, K key and value heads, S = A / K x T, T positions
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -140,7 +141,15 @@ def _varlen(
     query_TAD, key_TKD, value_TKD = (x.squeeze(0).transpose(0, 1) for x in (query_BATD, key_BKTD, value_BKTD))
     out_TAD = varlen_attn(
         query_TAD, key_TKD, value_TKD, starts, starts, longest, longest,
-        scale=scaling, window_size=(-1, 0), enable_gqa=grouped,
+        scale=scaling, window_size=(-1, 0), **(_grouped_heads() if grouped else {}),
     )  # fmt: skip
     assert isinstance(out_TAD, Tensor)  # a tuple only where more is asked for
     return out_TAD.unsqueeze(0)
+
+
+@functools.lru_cache(maxsize=1)
+def _grouped_heads() -> dict[str, Any]:
+    """The argument that allows fewer key heads; torch 2.11, which a GPU's driver may ask for, needs none."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}

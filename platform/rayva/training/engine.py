@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rayva.errors import TrainingError
 from rayva.model.batch import Batch
+from rayva.model.compiling import compile_layers
 from rayva.model.vlm import VisionLanguageModel
 from rayva.recipes.schema import Stage
 from rayva.training.universal import converted
@@ -93,7 +94,7 @@ class Engine:
         if stage.gradient_checkpointing:
             model.language.gradient_checkpointing_enable({"use_reentrant": False})
         if stage.compile:
-            model.language.base_model.compile(dynamic=True)  # rows have as many lengths as there are batches
+            compile_layers(model.language)
         model.train()
         groups = _parameter_groups(model, stage)
         self._base_lrs = [float(group["lr"]) for group in groups]
