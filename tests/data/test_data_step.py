@@ -111,5 +111,11 @@ def test_a_moved_folder_has_the_same_fingerprint(tmp_path):
     assert fingerprint(Recipe(name="r", data=Data(source="captions", captions=str(tmp_path / "b")))) == one
 
 
+def test_captions_that_older_code_read_row_by_row_are_read_again(tmp_path):
+    (tmp_path / "captions.jsonl").write_text("{}")
+    data = Data(source="captions", captions=str(tmp_path))
+    assert fingerprint(Recipe(name="r", data=data))["rows of captions"] == "by picture"
+
+
 def test_built_in_scenes_need_no_input():
     assert fingerprint(Recipe(name="r", data=Data(source="scenes"))) == {}
