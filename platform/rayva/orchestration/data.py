@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rayva.data.bundle import DatasetBundle
-from rayva.data.locations import absolute, file_system, is_folder, open_input
+from rayva.data.locations import absolute, file_system, is_folder, open_input, reading
 from rayva.data.quarantine import count_reasons
 from rayva.data.schema import ImageRecord, Question, Rejected, Sample
 from rayva.data.tables import Record, write_records
@@ -120,7 +120,7 @@ def fingerprint(recipe: Recipe) -> dict[str, str]:
 
 
 def _digest(uri: str, setting: str) -> str:
-    return _folder_digest(uri, setting) if is_folder(uri) else _file_digest(uri, setting)
+    return _folder_digest(uri, setting) if is_folder(uri, setting) else _file_digest(uri, setting)
 
 
 def _file_digest(uri: str, setting: str) -> str:
@@ -134,10 +134,8 @@ def _file_digest(uri: str, setting: str) -> str:
 def _folder_digest(uri: str, setting: str) -> str:
     system, root = file_system(absolute(uri))
     digest = hashlib.sha256()
-    try:
+    with reading(uri, setting):
         files = system.find(root, detail=True)
-    except OSError as error:
-        raise DataError(f"{setting} = {uri} cannot be listed: {error}", f"check {setting}") from error
     for path, info in sorted(files.items()):
         version = next((info[key] for key in _VERSIONS if info.get(key)), "")
         line = f"{path.removeprefix(root)}\0{info.get('size')}\0{version}\n"
