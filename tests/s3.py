@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import http.server
 import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -74,6 +77,27 @@ class Server:
 
         self.stop()
         get_backend("s3").reset()
+
+
+class _Closed(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(403)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@contextmanager
+def closed_door() -> Iterator[str]:
+    """The address of a server that lets nobody in."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Closed) as server:
+        threading.Thread(target=server.serve_forever, args=(POLL,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 class DeadPort:

@@ -14,8 +14,8 @@ from typing import IO, Any, TypeVar
 T = TypeVar("T")
 
 _CLIENTS = {
-    "aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "httpx", "huggingface_hub", "paramiko",
-    "urllib3",
+    "aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "httpx", "httpx2", "huggingface_hub",
+    "paramiko", "urllib3",
 }  # fmt: skip
 _ABOUT_A_FILE = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
 _RIGHTS = ("Auth", "Credential", "Profile", "Token")

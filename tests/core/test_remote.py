@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import http.server
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +23,7 @@ from rayva.orchestration.entry import main
 from rayva.recipes.schema import Data, Recipe
 from rayva.steps import AttemptClock, StepFolder
 from rayva.storage import Storage
-from tests.s3 import BUCKET, POLL, DeadPort, Server, credentials
+from tests.s3 import BUCKET, DeadPort, Server, closed_door, credentials
 
 ROOT = f"s3://{BUCKET}/run"
 USES: dict[str, Callable[[Storage, Path], Any]] = {
@@ -50,20 +48,6 @@ INPUTS: dict[str, Callable[[str], Any]] = {
 }
 
 
-class Closed(http.server.BaseHTTPRequestHandler):
-    """A door that lets nobody in."""
-
-    def do_GET(self) -> None:
-        self.send_response(403)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-
 @pytest.fixture(params=["no credentials", "nobody answers", "nobody is let in"])
 def trouble(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
     """A place that cannot be used; yields parts of the reason and of the remedy."""
@@ -75,11 +59,9 @@ def trouble(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             credentials(monkeypatch, address)
             yield "Could not connect", "AWS_ENDPOINT_URL"
     else:
-        with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Closed) as server:
-            threading.Thread(target=server.serve_forever, args=(POLL,), daemon=True).start()
-            credentials(monkeypatch, f"http://127.0.0.1:{server.server_port}")
+        with closed_door() as address:
+            credentials(monkeypatch, address)
             yield "Forbidden", "AWS_ACCESS_KEY_ID"
-            server.shutdown()
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from rayva.errors import DataError
 
-Reason = Literal["missing", "truncated", "not_an_image", "too_many_pixels", "too_many_bytes"]
+Reason = Literal["missing", "unreadable", "truncated", "not_an_image", "too_many_pixels", "too_many_bytes"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 DEFAULT_MAX_PIXELS = 89_478_485
