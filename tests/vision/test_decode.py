@@ -76,6 +76,16 @@ def test_enormous_images_are_refused_before_a_pixel_is_decoded() -> None:
     assert reason(data, max_bytes=len(data) - 1) == "too_many_bytes"
 
 
+def test_a_limit_above_pillows_own_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # put back afterwards
+    header = huge_png_header(14_000, 14_000)
+    assert reason(header) == "too_many_pixels"
+    assert reason(header, max_pixels=14_000 * 14_000) == "truncated", "it is decoded, and found to be empty"
+    assert reason(header, max_pixels=14_000 * 14_000 - 1) == "too_many_pixels"
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", SIZE[0] * SIZE[1] // 4)
+    assert decode_image(encoded(noise(), "WEBP"), max_pixels=SIZE[0] * SIZE[1]).size == SIZE
+
+
 def test_cmyk_becomes_rgb() -> None:
     red = Image.new("CMYK", SIZE, (0, 255, 255, 0))
     for form in ("JPEG", "TIFF"):
