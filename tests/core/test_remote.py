@@ -99,6 +99,7 @@ def test_a_script_ends_with_the_message(
     for storage, settings, named in (
         (ROOT, [], ROOT),
         (str(tmp_path / "run"), ["data.source=captions", f"data.captions={uri}"], uri),
+        (str(tmp_path / "run"), ["--config", f"{uri}/recipe.yaml"], f"{uri}/recipe.yaml"),
     ):
         assert main(argv=["--recipe", "tiny", "--storage", storage, option, *settings]) == 2
         error = capsys.readouterr().err
