@@ -108,10 +108,9 @@ class JobLock:
 
     def _refresh(self) -> None:
         while not self._stop.wait(REFRESH_SECONDS):
-            try:
+            # The job's own next write reports it, where it can be handled; a later refresh may succeed.
+            with contextlib.suppress(StorageError):
                 self._write(self._owner)
-            except StorageError:
-                return  # the job's own next write reports it, where it can be handled
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:

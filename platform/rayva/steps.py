@@ -6,6 +6,7 @@ folder whose manifest exists is finished and is never written again; one without
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -137,10 +138,9 @@ class AttemptClock:
 
     def _keep(self) -> None:
         while not self._stop.wait(self._every):
-            try:
+            # The step's own next write reports it, where it can be handled; a later one may succeed.
+            with contextlib.suppress(StorageError):
                 self._write()
-            except StorageError:
-                return  # the step's own next write reports it, where it can be handled
 
     def __enter__(self) -> AttemptClock:
         self._write()

@@ -13,11 +13,13 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import fsspec
 
+from rayva import remote
 from rayva.errors import StorageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -57,6 +59,13 @@ def storage_errors(path: str) -> Iterator[None]:
         raise
 
 
+def remote_error(error: Exception, uri: str) -> StorageError:
+    """The `StorageError` for a remote file system's failure (`remote.is_failure`) at `uri`."""
+    if isinstance(error, OSError) and error.errno in _FULL | _READ_ONLY:
+        return translate_os_error(error, uri)
+    return StorageError(f"{uri} cannot be used: {remote.reason(error)}.", remote.remedy(error))
+
+
 class _Translated(io.BufferedWriter):
     """A file open for writing whose errors about room are `StorageError`s, also when it is closed."""
 
@@ -78,7 +87,11 @@ class _Translated(io.BufferedWriter):
 
 
 class Storage:
-    """A run's root folder: a local path (made absolute) or an fsspec URI such as `s3://bucket/run`."""
+    """A run's root folder: a local path (made absolute) or an fsspec URI such as `s3://bucket/run`.
+
+    Where a remote root cannot be reached, or lets nobody in, every method raises a `StorageError`, and so do
+    the files that it opens.
+    """
 
     def __init__(self, root: str) -> None:
         try:
@@ -115,40 +128,62 @@ class Storage:
         path = self.path(*parts)
         return path if self.is_local else str(self.fs.unstrip_protocol(path))
 
+    def reaching(self, rel: str) -> AbstractContextManager[None]:
+        """Around any use of `fs`: failures of a remote root become a `StorageError` about `rel`."""
+        if self.is_local:
+            return contextlib.nullcontext()
+        return remote.failures_as(lambda error: remote_error(error, self.uri(rel)))
+
+    def _writing(self, rel: str) -> AbstractContextManager[None]:
+        return storage_errors(self.uri(rel)) if self.is_local else self.reaching(rel)
+
     def exists(self, rel: str) -> bool:
-        return bool(self.fs.exists(self.path(rel)))
+        with self.reaching(rel):
+            return bool(self.fs.exists(self.path(rel)))
 
     def list(self, rel: str = "") -> list[str]:
         """Names in the folder `rel`, sorted; empty where there is no such folder."""
         path = self.path(rel)
-        if not self.fs.isdir(path):
-            return []
-        return sorted(PurePosixPath(name.rstrip("/")).name for name in self.fs.ls(path, detail=False))
+        with self.reaching(rel):
+            if not self.fs.isdir(path):
+                return []
+            return sorted(PurePosixPath(name.rstrip("/")).name for name in self.fs.ls(path, detail=False))
 
     def makedirs(self, rel: str = "") -> None:
-        with storage_errors(self.uri(rel)):
+        with self._writing(rel):
             self.fs.makedirs(self.path(rel), exist_ok=True)
 
     def delete(self, rel: str) -> None:
         """Removes a file or a whole folder; nothing happens where there is none."""
         if self.exists(rel):
-            with storage_errors(self.uri(rel)):
+            with self._writing(rel):
                 self.fs.rm(self.path(rel), recursive=True)
 
     def open(self, rel: str, mode: str = "rb") -> IO[Any]:
         """Opens a file; for writing, its folder is made first. Written in place, not atomically."""
-        if not any(flag in mode for flag in "wax"):
+        writes = any(flag in mode for flag in "wax")
+        if writes:
+            self.makedirs(_parent(rel))
+        if not self.is_local:
+            return self._open_remote(rel, mode)
+        if not writes:
             return self.fs.open(self.path(rel), mode)  # type: ignore[no-any-return]
-        self.makedirs(_parent(rel))
-        if self.is_local and mode in {"w", "wt", "wb"}:
-            with storage_errors(self.uri(rel)):
-                raw = _Translated(self.path(rel))
-            return raw if mode == "wb" else io.TextIOWrapper(raw, encoding="utf-8")
         with storage_errors(self.uri(rel)):
-            return self.fs.open(self.path(rel), mode)  # type: ignore[no-any-return]
+            if mode not in {"w", "wt", "wb"}:
+                return self.fs.open(self.path(rel), mode)  # type: ignore[no-any-return]
+            raw = _Translated(self.path(rel))
+        return raw if mode == "wb" else io.TextIOWrapper(raw, encoding="utf-8")
+
+    def _open_remote(self, rel: str, mode: str) -> IO[Any]:
+        uri = self.uri(rel)
+        with self.reaching(rel):
+            file = self.fs.open(self.path(rel), f"{mode.replace('t', '').replace('b', '')}b")
+        raw = cast(IO[bytes], remote.RemoteFile(file, lambda error: remote_error(error, uri)))
+        return raw if "b" in mode else io.TextIOWrapper(raw, encoding="utf-8")
 
     def read_bytes(self, rel: str) -> bytes:
-        return bytes(self.fs.cat_file(self.path(rel)))
+        with self.reaching(rel):
+            return bytes(self.fs.cat_file(self.path(rel)))
 
     def read_json(self, rel: str) -> Any:
         try:
@@ -162,7 +197,7 @@ class Storage:
         """Writes a file whole or not at all, also when the machine dies in between."""
         self.makedirs(_parent(rel))
         path = self.path(rel)
-        with storage_errors(self.uri(rel)):
+        with self._writing(rel):
             if self.is_local:
                 _write_local(path, data)
             else:
@@ -181,7 +216,7 @@ class Storage:
         if self._scratch is None:
             self._scratch = tempfile.TemporaryDirectory(prefix="rayva-")
         local = Path(tempfile.mkdtemp(dir=self._scratch.name)) / (PurePosixPath(rel).name or "root")
-        with storage_errors(str(local)):
+        with self.reaching(rel), storage_errors(str(local)):
             self.fs.get(self.path(rel), str(local), recursive=True)
         return local
 
@@ -191,7 +226,7 @@ class Storage:
         if self.is_local and Path(target).resolve() == local.resolve():
             return
         self.makedirs(_parent(rel))
-        with storage_errors(self.uri(rel)):
+        with self._writing(rel):
             # fsspec would put a folder inside an existing one of its name.
             if local.is_dir():
                 for file in sorted(path for path in local.rglob("*") if path.is_file()):

@@ -112,11 +112,73 @@ def test_csv_with_one_caption_a_row(tmp_path):
         writer = csv.writer(file)
         writer.writerows([["image", "caption"], ["a.jpg", "One, two"], ["a.jpg", "Three"], ["b.jpg", ""]])
     bundle = tables_of(tmp_path, test_fraction=0.0)
-    assert [(i.image_id, i.captions) for i in bundle.images] == [
-        ("a.jpg", ("One, two",)),
-        ("a.jpg#2", ("Three",)),
-    ]
+    assert [(i.image_id, i.captions) for i in bundle.images] == [("a.jpg", ("One, two", "Three"))]
     assert [(r.row_id, r.reason) for r in bundle.rejected] == [("row-2", "no_caption")]
+
+
+def one_caption_a_row(folder, form):
+    """A row for each caption, with an id of its own, the second captions of all pictures after the first."""
+    names = [name for _ in range(2) for name in CAPTIONS]
+    texts = [CAPTIONS[name][turn] for turn in range(2) for name in CAPTIONS]
+    folder.mkdir()
+    images = {
+        "name": names,
+        "./name": [f"{'./' * (row // len(CAPTIONS))}{name}" for row, name in enumerate(names)],
+        "path": [
+            name if row < len(CAPTIONS) else f"file://{folder / name}" for row, name in enumerate(names)
+        ],
+        "bytes": [name.encode() for name in names],
+    }[form]
+    if form != "bytes":
+        put_images(folder)
+    table = pa.table({"id": list(range(len(names))), "image": images, "caption": texts})
+    pq.write_table(table, folder / "captions.parquet")
+    return folder / "captions.parquet"
+
+
+@pytest.mark.parametrize("form", ["name", "./name", "path", "bytes"])
+def test_rows_of_one_picture_are_one_image_on_one_side(form, tmp_path):
+    bundle = tables_of(one_caption_a_row(tmp_path / "p", form), test_fraction=0.4, samples_per_image=8)
+    images = list(bundle.images)
+    assert [i.image_id for i in images] == [str(n) for n in range(len(CAPTIONS))]
+    assert [list(i.captions) for i in images] == list(CAPTIONS.values())
+    own = {i.image_id: [c.rstrip(".") for c in i.captions] for i in images}
+    train = {i.image_id for i in images if i.split == "train"}
+    assert 0 < len(train) < len(images)
+    pretrain, finetune, questions = list(bundle.pretrain), list(bundle.finetune), list(bundle.questions)
+    assert {s.image_ids[0] for s in (*pretrain, *finetune)} == train
+    assert {q.image_id for q in questions} == own.keys() - train
+    assert sorted(s.turns[1].text for s in pretrain) == sorted(
+        caption for i in images if i.split == "train" for caption in i.captions
+    )
+    asked = [(q.image_id, q.question, q.accepted[0]) for q in questions]
+    for sample in finetune:
+        texts = [turn.text for turn in sample.turns]
+        pairs = zip(texts[::2], texts[1::2], strict=True)
+        asked += [(sample.image_ids[0], q, a.lower()) for q, a in pairs if a in ("Yes", "No")]
+    assert {answer for _, _, answer in asked} == {"yes", "no"}
+    for image_id, question, answer in asked:
+        assert any(f"picture: {caption}." in question for caption in own[image_id]) == (answer == "yes")
+
+
+def test_a_picture_is_on_the_same_side_whatever_its_rows_are_called(tmp_path):
+    def split_of(folder, ids):
+        table = {"image": list(CAPTIONS), "caption": [texts[0] for texts in CAPTIONS.values()]}
+        pq.write_table(pa.table({**table, **ids}), folder / "captions.parquet")
+        return [i.split for i in tables_of(folder, test_fraction=0.4).images]
+
+    put_images(tmp_path)
+    splits = split_of(tmp_path, {})
+    assert set(splits) == {"train", "test"}
+    for first in (0, 100):
+        assert split_of(tmp_path, {"id": [first + row for row in range(len(CAPTIONS))]}) == splits
+
+
+def test_two_pictures_of_one_id_stay_two(tmp_path):
+    table = pa.table({"id": ["x", "x"], "image": [b"1", b"2"], "caption": ["A cat.", "A dog."]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    images = tables_of(tmp_path / "t.parquet", test_fraction=0.0).images
+    assert [(i.image_id, i.content) for i in images] == [("x", b"1"), ("x#2", b"2")]
 
 
 def test_other_file_systems():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from rayva.training.loop import train
 from rayva.training.resume import FAILED, SavedCheckpoint
 from rayva.training.stop import TrainingStopped
 from rayva.training.store import CheckpointStore
+from tests.s3 import BUCKET, Server
 from tests.training.support import state_bytes, tiny_job
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -27,13 +29,14 @@ pytestmark = pytest.mark.usefixtures("process_group")
 class StoreHooks:
     """A store in a folder, as a worker has; `at` runs something after a step."""
 
-    root: Path
+    root: Path | str
     at: dict[int, Any] = field(default_factory=dict)
     last: int = 2
     best: int = 0
     notice: bool = False
     losses: list[float] = field(default_factory=list)
     failures: list[float] = field(default_factory=list)
+    stored: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.store = CheckpointStore(Storage(str(self.root)), "saved", self.last, self.best)
@@ -48,6 +51,7 @@ class StoreHooks:
     def on_checkpoint(self, folder: Path, step: int, metrics: dict[str, float]) -> None:
         self.store.put(folder, step)
         self.store.prune()
+        self.stored.append(step)
 
     def leaving(self) -> bool:
         return self.notice
@@ -125,6 +129,39 @@ def test_training_goes_on_over_a_full_disk(
     assert "after step 6" in told
     assert "No space left" in told
     assert hooks.steps() == [9]
+
+
+def test_training_goes_on_over_a_store_out_of_reach(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    losses, weights = _expected(tmp_path)
+    server = Server(monkeypatch)
+
+    def told_of_a_failure() -> list[str]:
+        return [message for message in caplog.messages if "could not be saved" in message]
+
+    def wait_until(happened: Callable[[], object]) -> None:
+        while not happened():
+            time.sleep(0.01)  # the test's own limit ends this
+
+    def goes(hooks: StoreHooks) -> None:
+        wait_until(lambda: hooks.stored)
+        server.stop()
+
+    def comes_back(_: StoreHooks) -> None:
+        wait_until(told_of_a_failure)
+        server.start()
+
+    hooks = StoreHooks(f"s3://{BUCKET}/run", last=1, at={4: goes, 7: comes_back})
+    result = train(tiny_job(epochs=3.0), hooks)
+    assert (hooks.losses, state_bytes(result.engine.model)) == (losses, weights)
+    assert result.counts[FAILED] == 1
+    (told,) = told_of_a_failure()
+    assert "after step 6" in told
+    assert f"s3://{BUCKET}/run/saved/checkpoint" in told
+    assert "Could not connect" in told
+    assert hooks.steps() == [9]
+    server.forget()
 
 
 def test_the_checkpoint_before_a_failed_one_is_gone_on_from(small_disk: Path, tmp_path: Path) -> None:

@@ -58,8 +58,8 @@ def mixed(folder: Path) -> tuple[list[ImageRecord], dict[str, str]]:
     """60 images, and the reasons of the bad ones: as bytes and files, alone and as duplicates."""
     good = [ImageRecord(f"g{i}", "train", content=picture(i)) for i in range(30)]
     for i in range(30, 42):
-        (folder / f"{i}.jpg").write_bytes(picture(i, "JPEG", (64, 30)))
-        good.append(ImageRecord(f"g{i}", "test", uri=str(folder / f"{i}.jpg")))
+        (folder / f"a::{i}.jpg").write_bytes(picture(i, "JPEG", (64, 30)))
+        good.append(ImageRecord(f"g{i}", "test", uri=str(folder / f"a::{i}.jpg")))
     copies = [ImageRecord(f"copy{i}", "train", content=picture(i % 4)) for i in range(12)]
     cut = picture(99)[:500]
     (folder / "empty.png").write_bytes(b"")
@@ -69,6 +69,8 @@ def mixed(folder: Path) -> tuple[list[ImageRecord], dict[str, str]]:
         "text": (ImageRecord("text", "train", content=b"404 Not Found"), "not_an_image"),
         "gone": (ImageRecord("gone", "train", uri=str(folder / "gone.jpg")), "missing"),
         "empty": (ImageRecord("empty", "train", uri=str(folder / "empty.png")), "truncated"),
+        "no kind": (ImageRecord("no kind", "train", uri="nosuch://x/y.jpg"), "unreadable"),
+        "no URI": (ImageRecord("no URI", "train", uri="s3://b/x::y.jpg"), "unreadable"),
         "huge": (ImageRecord("huge", "train", content=huge_png_header(9000, 9000)), "too_many_pixels"),
     }
     records = [*good, *copies, *(record for record, _ in bad.values())]

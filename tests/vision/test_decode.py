@@ -10,12 +10,15 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
 
+from rayva.errors import DataError
 from rayva.vision.decode import BadImage, decode_image
 from rayva.vision.source import read_image_bytes
+from tests.s3 import DeadPort, closed_door, credentials
 
 SIZE = (40, 30)
 
@@ -71,6 +74,16 @@ def test_enormous_images_are_refused_before_a_pixel_is_decoded() -> None:
     decode_image(encoded(noise(), "PNG"), max_pixels=SIZE[0] * SIZE[1])
     data = encoded(noise(), "PNG")
     assert reason(data, max_bytes=len(data) - 1) == "too_many_bytes"
+
+
+def test_a_limit_above_pillows_own_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # put back afterwards
+    header = huge_png_header(14_000, 14_000)
+    assert reason(header) == "too_many_pixels"
+    assert reason(header, max_pixels=14_000 * 14_000) == "truncated", "it is decoded, and found to be empty"
+    assert reason(header, max_pixels=14_000 * 14_000 - 1) == "too_many_pixels"
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", SIZE[0] * SIZE[1] // 4)
+    assert decode_image(encoded(noise(), "WEBP"), max_pixels=SIZE[0] * SIZE[1]).size == SIZE
 
 
 def test_cmyk_becomes_rgb() -> None:
@@ -160,9 +173,46 @@ def test_bad_image_survives_the_way_between_processes() -> None:
     assert "ends early" in str(error)
 
 
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "nosuch://x/y.png", "nopackage://x/y.png", "s3://bucket/x::y.png", "s3://b b/x.png", "s3://", "reference://x",
+        "/x\0.png", f"/{'long' * 100}.png",
+    ],
+)  # fmt: skip
+def test_a_name_that_cannot_be_opened_is_the_images_fault(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    credentials(monkeypatch, None)
+    fsspec.register_implementation("nopackage", "rayva_no_such_package.FileSystem", clobber=True)
+    with pytest.raises(BadImage) as caught:
+        read_image_bytes(uri)
+    assert caught.value.reason == "unreadable"
+    assert uri in caught.value.detail
+
+
+def test_a_picture_that_may_not_be_read_is_unreadable(monkeypatch: pytest.MonkeyPatch) -> None:
+    with closed_door() as address:
+        credentials(monkeypatch, address)
+        with pytest.raises(BadImage, match=r"unreadable.*Forbidden"):
+            read_image_bytes("s3://bucket/x.png")
+
+
+def test_a_storage_that_fails_says_nothing_about_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    credentials(monkeypatch, None)
+    with pytest.raises(DataError, match=r"s3://bucket/x\.png cannot be read: Unable to locate credentials"):
+        read_image_bytes("s3://bucket/x.png")
+    with DeadPort() as address:
+        credentials(monkeypatch, address)
+        with pytest.raises(
+            DataError, match=r"s3://bucket/x\.png cannot be read: Could not connect"
+        ) as caught:
+            read_image_bytes("s3://bucket/x.png")
+    assert not isinstance(caught.value, BadImage)
+    assert "AWS_ENDPOINT_URL" in caught.value.remedy
+
+
 def test_files_are_read_from_paths_and_uris(tmp_path: Path) -> None:
     data = encoded(noise(), "PNG")
-    file = tmp_path / "with space.png"
+    file = tmp_path / "with space::and more.png"
     file.write_bytes(data)
     assert read_image_bytes(str(file)) == data
     assert read_image_bytes(f"file://{file}") == data

@@ -58,7 +58,7 @@ def read_rows(source: str) -> Rows:
     Raises:
         DataError: it is none of these, or cannot be read.
     """
-    if not is_folder(source):
+    if not is_folder(source, SETTING):
         return Rows(parent(absolute(source)), _read_file(source))
     names = list_folder(source, SETTING)
     for name in _CAPTION_FILES:

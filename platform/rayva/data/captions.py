@@ -4,17 +4,21 @@ Stage 1 pairs each caption with a request for a brief description. Stage 2 has c
 the same pictures: a description, and whether a given caption belongs to the picture. Held-out
 pictures are asked the same yes/no question, half of them with a caption of another picture, so that
 guessing without looking is right half of the time.
+
+Rows of one picture (one caption a row is as usual as a list of them) are one image with all their captions.
 """
 
 from __future__ import annotations
 
+import hashlib
+import posixpath
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rayva.data.bundle import DatasetBundle, Lazy
 from rayva.data.caption_rows import CaptionRow, parse_row, read_rows
-from rayva.data.locations import ImageFolder
+from rayva.data.locations import ImageFolder, is_local
 from rayva.data.quarantine import BadRow, rejected
 from rayva.data.schema import IMAGE_PLACEHOLDER, ImageRecord, Question, Rejected, Sample, Split, Turn
 from rayva.data.splits import UniqueIds, held_out
@@ -26,18 +30,36 @@ MATCH_QUESTION = "Does this describe the picture: {caption}"
 
 
 @dataclass(frozen=True, slots=True)
+class _Located:
+    """A usable row whose picture exists."""
+
+    name: str
+    """What the row itself would call its picture."""
+    uri: str | None
+    picture: str
+    """The same in all rows of a picture: its path or URI, or the sha256 of its bytes."""
+    row: CaptionRow
+
+    @property
+    def split_by(self) -> str:
+        """The name, as of the images of LLaVA JSON: a folder that both use is split alike."""
+        return self.row.image.removeprefix("./") if self.row.image else self.picture
+
+
+@dataclass(frozen=True, slots=True)
 class _Entry:
-    """An image of the source without its bytes."""
+    """An image of the source without its bytes; `captions` are those of all its rows."""
 
     image_id: str
     split: Split
-    captions: tuple[str, ...]
+    captions: list[str]
 
 
 def build(data: Data, brief: Sequence[str], detailed: Sequence[str]) -> DatasetBundle:
     """The tables of a recipe whose `data.source` is `captions`.
 
-    Captions are kept in memory, image bytes are not. Pictures are held out by the hash of their id.
+    Captions are kept in memory, image bytes are not. Pictures are held out by the hash of their name, or
+    of their bytes where they have none: whatever rows and ids there are, a picture is on one side.
 
     Args:
         brief, detailed: wordings of the request for a short, and for a full, description.
@@ -53,14 +75,12 @@ def build(data: Data, brief: Sequence[str], detailed: Sequence[str]) -> DatasetB
         )
     source = data.captions
     rejects: list[Rejected] = []
-    entries = [
-        _Entry(image_id, "test" if held_out(image_id, data.test_fraction) else "train", row.captions)
-        for image_id, _, row in _rows(source, rejects)
-    ]
+    pictures = _by_picture(_rows(source, rejects), data.test_fraction)
+    entries = list(pictures.values())
     train = [entry for entry in entries if entry.split == "train"]
     test = [entry for entry in entries if entry.split == "test"]
     return DatasetBundle(
-        images=Lazy(lambda: _images(source, data.test_fraction)),
+        images=Lazy(lambda: _images(source, pictures)),
         pretrain=Lazy(lambda: _pretrain(train, brief, data.seed)),
         finetune=Lazy(lambda: _finetune(train, brief, detailed, data)),
         questions=Lazy(lambda: _questions(test, data.seed)),
@@ -68,9 +88,8 @@ def build(data: Data, brief: Sequence[str], detailed: Sequence[str]) -> DatasetB
     )
 
 
-def _rows(source: str, rejects: list[Rejected]) -> Iterator[tuple[str, str | None, CaptionRow]]:
-    """Usable rows as (image id, URI, row); the same ids each time."""
-    ids = UniqueIds()
+def _rows(source: str, rejects: list[Rejected]) -> Iterator[_Located]:
+    """Usable rows; the others are added to `rejects`."""
     usable = False
     rows = read_rows(source)
     folder = ImageFolder(rows.images)
@@ -80,13 +99,13 @@ def _rows(source: str, rejects: list[Rejected]) -> Iterator[tuple[str, str | Non
             if fault:
                 raise fault
             row = parse_row(value)
-            name = ids.claim(row.row_id or row.image or name)
-            uri = folder.resolve(row.image) if row.image else None
+            name = row.row_id or row.image or name
+            located = _locate(name, row, folder)
         except BadRow as bad:
             rejects.append(rejected(source, name, bad))
             continue
         usable = True
-        yield name, uri, row
+        yield located
     if not usable:
         raise DataError(
             f"data.captions = {source} holds no image with a caption",
@@ -95,10 +114,35 @@ def _rows(source: str, rejects: list[Rejected]) -> Iterator[tuple[str, str | Non
         )
 
 
-def _images(source: str, test_fraction: float) -> Iterator[ImageRecord]:
-    for image_id, uri, row in _rows(source, []):
-        split: Split = "test" if held_out(image_id, test_fraction) else "train"
-        yield ImageRecord(image_id, split, uri, row.content, row.captions)
+def _locate(name: str, row: CaptionRow, folder: ImageFolder) -> _Located:
+    if row.content is not None:
+        return _Located(name, None, hashlib.sha256(row.content).hexdigest(), row)
+    assert row.image is not None  # a row has one of the two
+    uri = folder.resolve(row.image)
+    picture = posixpath.normpath(uri.removeprefix("file://")) if is_local(uri) else uri
+    return _Located(name, uri, picture, row)
+
+
+def _by_picture(rows: Iterator[_Located], test_fraction: float) -> dict[str, _Entry]:
+    """An entry for each picture, by `_Located.picture`: the first row's id, and the captions of all rows."""
+    ids = UniqueIds()
+    pictures: dict[str, _Entry] = {}
+    for row in rows:
+        entry = pictures.get(row.picture)
+        if entry is None:
+            split: Split = "test" if held_out(row.split_by, test_fraction) else "train"
+            entry = pictures[row.picture] = _Entry(ids.claim(row.name), split, [])
+        entry.captions.extend(row.row.captions)
+    return pictures
+
+
+def _images(source: str, pictures: dict[str, _Entry]) -> Iterator[ImageRecord]:
+    """Each picture at its first row. Read again, since the bytes were not kept."""
+    left = dict(pictures)
+    for row in _rows(source, []):
+        if entry := left.pop(row.picture, None):
+            captions = tuple(entry.captions)
+            yield ImageRecord(entry.image_id, entry.split, row.uri, row.row.content, captions)
 
 
 def _pretrain(entries: list[_Entry], brief: Sequence[str], seed: int) -> Iterator[Sample]:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import gzip
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import fsspec
 
+from rayva import remote
 from rayva.data.quarantine import BadRow
 from rayva.errors import DataError
 
 
 def file_system(uri: str) -> tuple[Any, str]:
     """The fsspec file system of `uri` and the path in it; `DataError` for an unknown protocol."""
+    if is_local(uri):  # "::" is part of a file's name there, and not fsspec's sign for a file in another
+        return fsspec.filesystem("file"), absolute(uri.removeprefix("file://"))
     try:
-        return fsspec.core.url_to_fs(os.path.expanduser(uri))  # type: ignore[no-any-return]
+        return fsspec.core.url_to_fs(uri)  # type: ignore[no-any-return]
     except (ImportError, ValueError) as error:
         raise DataError(
             f"{uri!r} cannot be opened: {error}",
@@ -53,37 +59,50 @@ def open_input(uri: str, setting: str) -> IO[bytes]:
         setting: the recipe's key that named it, for the message.
 
     Raises:
-        DataError: the file is missing or cannot be read.
+        DataError: the file is missing or cannot be read; also while it is read, where it is remote.
     """
-    system, path = file_system(uri)
-    try:
-        compression = "gzip" if path.endswith(".gz") else None
-        return system.open(path, "rb", compression=compression)  # type: ignore[no-any-return]
-    except OSError as error:
-        raise _unreadable(uri, setting, error) from error
+    with reading(uri, setting):
+        system, path = file_system(uri)
+        file = system.open(path, "rb")
+    if not is_local(uri):
+        file = remote.RemoteFile(file, lambda error: _unreadable(uri, setting, error))
+    return cast(IO[bytes], gzip.GzipFile(fileobj=file, mode="rb") if path.endswith(".gz") else file)
 
 
 def list_folder(uri: str, setting: str) -> list[str]:
     """Paths of all files under a folder, relative to it, sorted; `DataError` where there is none."""
-    system, root = file_system(uri)
-    try:
+    with reading(uri, setting):
+        system, root = file_system(uri)
         if not system.isdir(root):
             raise NotADirectoryError(f"{uri} is not a folder")
         base = PurePosixPath(root)
         return sorted(str(PurePosixPath(path).relative_to(base)) for path in system.find(root))
-    except OSError as error:
-        raise _unreadable(uri, setting, error) from error
 
 
-def is_folder(uri: str) -> bool:
-    """Whether `uri` is an existing folder."""
-    system, path = file_system(uri)
-    return bool(system.isdir(path))
+def is_folder(uri: str, setting: str) -> bool:
+    """Whether `uri` is an existing folder; `DataError` where that cannot be found out."""
+    with reading(uri, setting):
+        system, path = file_system(uri)
+        return bool(system.isdir(path))
 
 
-def _unreadable(uri: str, setting: str, error: OSError) -> DataError:
-    why = "it does not exist" if isinstance(error, FileNotFoundError) else str(error)
-    return DataError(f"{setting} = {uri} cannot be read: {why}", f"check the path given as {setting}")
+@contextmanager
+def reading(uri: str, setting: str) -> Iterator[None]:
+    """Turns what file systems raise inside into a `DataError` about `uri`, given as `setting`."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) or remote.is_failure(error):
+            raise _unreadable(uri, setting, error) from error
+        raise
+
+
+def _unreadable(uri: str, setting: str, error: Exception) -> DataError:
+    why = "it does not exist" if isinstance(error, FileNotFoundError) else remote.reason(error)
+    mend = f"check the path given as {setting}"
+    if not is_local(uri) and remote.is_failure(error):
+        mend = f"{remote.remedy(error)}; or {mend}"
+    return DataError(f"{setting} = {uri} cannot be read: {why}", mend)
 
 
 class ImageFolder:

@@ -144,7 +144,7 @@ class FeatureStore:
 
         Raises:
             KeyError: where the store has no such key.
-            StorageError: where its shard is gone or cut short.
+            StorageError: where its shard is gone, cut short, or cannot be reached.
         """
         place = self._index.find(key)
         if place is None:
@@ -159,8 +159,9 @@ class FeatureStore:
             mapped.madvise(mmap.MADV_WILLNEED, start, offset + self._bytes - start)
             values = np.frombuffer(mapped, np.float16, self._bytes // 2, offset)
         else:
-            path = self._storage.path(self._rel, SHARDS, shard)
-            data = self._storage.fs.cat_file(path, start=offset, end=offset + self._bytes)
+            rel = f"{self._rel}/{SHARDS}/{shard}"
+            with self._storage.reaching(rel):
+                data = self._storage.fs.cat_file(self._storage.path(rel), offset, offset + self._bytes)
             if len(data) != self._bytes:
                 raise self._damaged(shard, "it is cut short")
             values = np.frombuffer(data, np.float16)

@@ -6,10 +6,11 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from rayva.data.bundle import DatasetBundle
-from rayva.data.locations import absolute, file_system, is_folder, open_input
+from rayva.data.locations import absolute, file_system, is_folder, open_input, parent, reading
 from rayva.data.quarantine import count_reasons
 from rayva.data.schema import ImageRecord, Question, Rejected, Sample
 from rayva.data.tables import Record, write_records
@@ -18,6 +19,7 @@ from rayva.progress import Progress
 from rayva.recipes.schema import STAGES, Data, Recipe, StageName
 
 if TYPE_CHECKING:
+    from rayva.data.beside import Form
     from rayva.orchestration.pipeline import StepContext, StepResult
 
 logger = logging.getLogger(__name__)
@@ -100,22 +102,39 @@ def fingerprint(recipe: Recipe) -> dict[str, str]:
     """What the input outside the storage looks like, by setting: changed input reruns the step.
 
     Files of rows count with their content. Folders count with the names, sizes and times (or ETags)
-    of their files, since reading all images on every start would take too long.
+    of their files, since reading all images on every start would take too long. So do images beside a file
+    of rows, where the recipe names no folder for them. What is read in another
+    way than by older code has a line of its own, so that no other finished step is lost with it.
 
     Raises:
         DataError: an input is missing.
     """
     data = recipe.data
     uris = {f"data.{name}": getattr(data, name) for name in _INPUTS.get(data.source, ())}
+    # Rows whose images have no folder of their own in the recipe.
+    alone: dict[str, Form] = {"data.captions": "captions"}
+    for part in ("pretrain", "finetune", "held_out"):
+        if not getattr(data, f"{part}_images"):
+            alone[f"data.{part}_json"] = "llava"
     for stage in STAGES:
         for number, dataset in enumerate(getattr(data, f"{stage}_mix")):
-            uris[f"data.{stage}_mix.{number}.path"] = dataset.path
+            setting = f"data.{stage}_mix.{number}.path"
+            uris[setting] = dataset.path
             uris[f"data.{stage}_mix.{number}.images"] = dataset.images
-    return {name: _digest(uri, name) for name, uri in uris.items() if uri}
+            if not dataset.images:
+                alone[setting] = dataset.format
+    found = {name: _digest(uri, name) for name, uri in uris.items() if uri}
+    for name in found.keys() & alone.keys():
+        if images := _digest_beside(uris[name], name, alone[name], found[name]):
+            found[f"images of {name}"] = images
+    datasets = (dataset for stage in STAGES for dataset in data.datasets(stage))
+    if data.source == "captions" or any(dataset.format == "captions" for dataset in datasets):
+        found["rows of captions"] = "by picture"
+    return dict(sorted(found.items()))
 
 
 def _digest(uri: str, setting: str) -> str:
-    return _folder_digest(uri, setting) if is_folder(uri) else _file_digest(uri, setting)
+    return _folder_digest(uri, setting) if is_folder(uri, setting) else _file_digest(uri, setting)
 
 
 def _file_digest(uri: str, setting: str) -> str:
@@ -128,11 +147,32 @@ def _file_digest(uri: str, setting: str) -> str:
 
 def _folder_digest(uri: str, setting: str) -> str:
     system, root = file_system(absolute(uri))
-    digest = hashlib.sha256()
-    try:
+    with reading(uri, setting):
         files = system.find(root, detail=True)
-    except OSError as error:
-        raise DataError(f"{setting} = {uri} cannot be listed: {error}", f"check {setting}") from error
+    return _files_digest(files, root)
+
+
+def _digest_beside(uri: str, setting: str, form: Form, content: str) -> str | None:
+    """The images that a file of rows finds beside itself; None where there are none, or it is a folder."""
+    if is_folder(uri, setting):
+        return None
+    from rayva.data.beside import image_places
+
+    endings: dict[str, set[str]] = {}
+    for folder, ending in image_places(uri, setting, form, content):
+        endings.setdefault(folder, set()).add(ending)
+    files: dict[str, dict[str, Any]] = {}
+    for folder, wanted in endings.items():
+        system, root = file_system(folder)
+        with reading(folder, setting):
+            if system.isdir(root):
+                listed = system.ls(root, detail=True)
+                files |= {one["name"]: one for one in listed if PurePosixPath(one["name"]).suffix in wanted}
+    return _files_digest(files, file_system(parent(absolute(uri)))[1]) if endings else None
+
+
+def _files_digest(files: dict[str, dict[str, Any]], root: str) -> str:
+    digest = hashlib.sha256()
     for path, info in sorted(files.items()):
         version = next((info[key] for key in _VERSIONS if info.get(key)), "")
         line = f"{path.removeprefix(root)}\0{info.get('size')}\0{version}\n"

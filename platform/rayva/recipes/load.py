@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from rayva import remote
 from rayva.errors import RecipeError
 from rayva.recipes.schema import STAGES, Data, Dataset, Recipe
 
@@ -101,8 +102,13 @@ def read_config(path: str) -> dict[str, Any]:
     try:
         with fsspec.open(path, "r", encoding="utf-8") as file:
             text = file.read()
-    except (OSError, ImportError, ValueError) as error:
-        raise RecipeError(f"The configuration file {path} cannot be read: {error}.") from error
+    except Exception as error:
+        what = f"The configuration file {path} cannot be read: {remote.reason(error)}."
+        if "://" in path and remote.is_failure(error):
+            raise RecipeError(what, remote.remedy(error)) from error
+        if isinstance(error, (OSError, ImportError, ValueError)):
+            raise RecipeError(what) from error
+        raise
     try:
         settings = yaml.load(text, Loader=_Yaml12Loader)  # a SafeLoader: builds plain data only
     except yaml.YAMLError as error:

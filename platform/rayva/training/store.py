@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +88,11 @@ class CheckpointStore:
         return sorted(found, key=lambda checkpoint: (checkpoint.run, checkpoint.step), reverse=True)
 
     def put(self, folder: Path, step: int) -> None:
-        """Uploads what this rank wrote into `folder`, its manifest last; leaves nothing where that fails."""
+        """Uploads what this rank wrote into `folder`, its manifest last.
+
+        Raises:
+            OSError, StorageError: that failed. No manifest is left then, nor anything that can be removed.
+        """
         target = f"{self._rel}/checkpoint_{self._run}_{step:08d}"
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         written = []
@@ -97,8 +101,10 @@ class CheckpointStore:
                 written.append(f"{target}/{file.relative_to(folder).as_posix()}")
                 self._storage.upload(file, written[-1])
         except (OSError, StorageError):
-            for rel in written:  # room for the next one
-                self._storage.delete(rel)
+            # Room for the next one. Out of reach the files stay, without a manifest; why, is told below.
+            with suppress(OSError, StorageError):
+                for rel in written:
+                    self._storage.delete(rel)
             raise
 
     def prune(self) -> None:

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 
 from rayva.errors import DataError
 
-Reason = Literal["missing", "truncated", "not_an_image", "too_many_pixels", "too_many_bytes"]
+Reason = Literal["missing", "unreadable", "truncated", "not_an_image", "too_many_pixels", "too_many_bytes"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 DEFAULT_MAX_PIXELS = 89_478_485
@@ -64,6 +64,7 @@ def decode_image(
         raise BadImage("truncated", "the file is empty")
     if len(data) > max_bytes:
         raise BadImage("too_many_bytes", f"{len(data):,} bytes, the limit is {max_bytes:,}")
+    _raise_pillows_limit(max_pixels)
     image = _open(data)
     width, height = image.size
     if width * height > max_pixels:
@@ -75,6 +76,15 @@ def decode_image(
         raise BadImage("too_many_pixels", str(error)) from error
     except _DECODE_ERRORS as error:
         raise BadImage("truncated", f"{image.format} data is damaged or ends early: {error}") from error
+
+
+def _raise_pillows_limit(max_pixels: int) -> None:
+    """Pillow has a limit of its own, of the whole process, and asks it first: it must not be the lower one.
+
+    It is not taken away, because it also guards what the picture's size does not tell, such as TIFF's tiles.
+    """
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels
 
 
 def _open(data: bytes) -> Image.Image:

@@ -2,23 +2,64 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from typing import IO, cast
+
 import fsspec
 
+from rayva import remote
+from rayva.data.locations import is_local
+from rayva.errors import DataError
 from rayva.vision.decode import DEFAULT_MAX_BYTES, BadImage
+
+_MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+_NO_SUCH_NAME = {errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
+_REFUSED = {400, 401, 403, 410, 414, 451}
+"""HTTP's answers about one file; others (429, 503) say that the server is in trouble."""
+# What fsspec and the file systems raise for a URI that they cannot make sense of, or have no package for.
+_NO_URI = (ImportError, ValueError, TypeError, AttributeError, LookupError)
 
 
 def read_image_bytes(uri: str, max_bytes: int = DEFAULT_MAX_BYTES) -> bytes:
     """The file's bytes; of a file over `max_bytes` no more than that is read.
 
     Raises:
-        BadImage: "missing" where there is no such file, "too_many_bytes" where it is too large.
-        OSError: where the storage itself fails, which says nothing about the image.
+        BadImage: "missing" where there is no such file, "unreadable" where its name or URI cannot be opened
+            or it may not be read, "too_many_bytes" where it is too large.
+        DataError: where the storage itself fails, which says nothing about the image.
     """
     try:
-        with fsspec.open(uri, "rb") as file:
+        with _open(uri) as file:
             data = bytes(file.read(max_bytes + 1))
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+    except _MISSING as error:
         raise BadImage("missing", f"there is no file {uri}") from error
+    except Exception as error:
+        if _is_about_the_image(error):
+            raise BadImage("unreadable", f"{uri} cannot be opened: {remote.reason(error)}") from error
+        if remote.is_failure(error):
+            why = f"The image {uri} cannot be read: {remote.reason(error)}"
+            raise DataError(why, "check the disk" if is_local(uri) else remote.remedy(error)) from error
+        raise
     if len(data) > max_bytes:
         raise BadImage("too_many_bytes", f"{uri} is over the limit of {max_bytes:,} bytes")
     return data
+
+
+def _open(uri: str) -> IO[bytes]:
+    try:
+        if is_local(uri):  # "::" is part of the name there
+            return open(os.path.expanduser(uri.removeprefix("file://")), "rb")
+        system, path = fsspec.core.url_to_fs(uri)
+        return cast(IO[bytes], system.open(path, "rb"))
+    except _NO_URI as error:
+        raise BadImage("unreadable", f"{uri} cannot be opened: {remote.reason(error)}") from error
+
+
+def _is_about_the_image(error: Exception) -> bool:
+    return (
+        isinstance(error, PermissionError)
+        or (isinstance(error, OSError) and error.errno in _NO_SUCH_NAME and error.filename is not None)
+        or getattr(error, "status", None) in _REFUSED
+        or type(error).__name__ == "ParamValidationError"  # botocore: no name of a bucket or an object
+    )

@@ -121,7 +121,7 @@ class Pope:
         folder = str(self.settings.folder)
         questions = self.questions()
         usual = join(folder, "val2014")
-        images = self.settings.images or (usual if is_folder(usual) else folder)
+        images = self.settings.images or (usual if is_folder(usual, "pope.folder") else folder)
         return [
             Item(
                 question.key,
