@@ -69,7 +69,11 @@ def _full(hidden_SH: Tensor, targets_S: Tensor, head: nn.Linear) -> Tensor:
 
 def _chunked(size: int) -> Side:
     def side(hidden_SH: Tensor, targets_S: Tensor, head: nn.Linear) -> Tensor:
-        with patch.object(rayva_loss, "_LOGITS_AT_ONCE", size):
+        sizes = {"cpu": size, "cuda": size}
+        with (
+            patch.object(rayva_loss, "_LOGITS_AT_ONCE", sizes),
+            patch.object(rayva_loss, "_fused_kernel", lambda: None),
+        ):
             return rayva_loss.cross_entropy_sum(hidden_SH, targets_S, head)
 
     return side

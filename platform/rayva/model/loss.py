@@ -5,7 +5,9 @@ Shapes: S supervised positions, C those of a chunk, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -15,8 +17,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-_LOGITS_AT_ONCE = 2**24
-"""Logits that exist at the same time, in elements (64 MiB in fp32)."""
+_LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**26}
+"""Logits that exist at the same time, in elements, by device: 64 MiB in fp32, and 256 MiB."""
 
 
 def cross_entropy_sum(hidden_SH: Tensor, targets_S: Tensor, head: nn.Module) -> Tensor:
@@ -30,7 +32,7 @@ def cross_entropy_sum(hidden_SH: Tensor, targets_S: Tensor, head: nn.Module) -> 
             # As a module's call: ZeRO 3 gathers the weight around it, once, however many chunks a rank has.
             return head(hidden_SH, targets_S)  # type: ignore[no-any-return]
     total = hidden_SH.new_zeros((), dtype=torch.float32)  # keeps the sum in fp32 from the first chunk on
-    chunk = _chunk(int(cast(Tensor, head.weight).shape[0]))
+    chunk = _chunk(cast(Tensor, head.weight))
     for start in range(0, max(1, len(targets_S)), chunk):
         part = slice(start, start + chunk)
         total = total + checkpoint(_chunk_loss, hidden_SH[part], targets_S[part], head, use_reentrant=False)
@@ -42,6 +44,14 @@ def _computing_loss(head: nn.Linear) -> Iterator[None]:
     """`head(hidden_SH, targets_S)` is the loss meanwhile."""
 
     def forward(hidden_SH: Tensor, targets_S: Tensor) -> Tensor:
+        fused = _fused_kernel() if hidden_SH.is_cuda and len(targets_S) else None
+        if fused is not None:
+            # Sums in fp32, as below: many chunks add up in the weight's gradient.
+            accumulate = torch.float32 if head.weight.requires_grad else None
+            loss = fused(
+                hidden_SH, head.weight, targets_S, bias=head.bias, reduction="sum", accum_dtype=accumulate
+            )
+            return cast(Tensor, loss)
         applied = _CrossEntropySum.apply(  # type: ignore[no-untyped-call]
             hidden_SH, head.weight, head.bias, targets_S
         )
@@ -58,8 +68,18 @@ def _computing_loss(head: nn.Linear) -> Iterator[None]:
             head.forward = before  # type: ignore[method-assign]
 
 
-def _chunk(vocabulary: int) -> int:
-    return max(1, _LOGITS_AT_ONCE // vocabulary)
+@functools.lru_cache(maxsize=1)
+def _fused_kernel() -> Callable[..., Any] | None:
+    """Liger's, where it is installed (extra `gpu`): faster on a GPU, in less memory (docs/benchmarks.md)."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return None
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return cast("Callable[..., Any]", liger_fused_linear_cross_entropy)
+
+
+def _chunk(weight_VH: Tensor) -> int:
+    return max(1, _LOGITS_AT_ONCE[weight_VH.device.type] // len(weight_VH))
 
 
 def _chunk_loss(hidden_CH: Tensor, targets_C: Tensor, head: nn.Module) -> Tensor:
@@ -79,7 +99,7 @@ class _CrossEntropySum(torch.autograd.Function):
         # In fp32: many chunks add up in them.
         grad_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if wanted[1] else None
         grad_V = torch.zeros_like(weight_VH[:, 0], dtype=torch.float32) if wanted[2] else None
-        chunk = _chunk(len(weight_VH))
+        chunk = _chunk(weight_VH)
         for start in range(0, len(targets_S), chunk):
             part = slice(start, start + chunk)
             logits_CV = functional.linear(hidden_SH[part], weight_VH, bias_V).float()
