@@ -274,3 +274,21 @@ def test_a_storage_that_a_node_cannot_see_is_told(cluster: Cluster, checkout: Pa
     assert f"cannot see the storage {root}" in said
     assert "a folder that all nodes share" in said
     assert not list(root.glob(".seen*"))
+
+
+def test_images_that_a_node_cannot_see_are_told(cluster: Cluster, checkout: Path, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("hiding a folder from a node needs root")
+    images = cluster.home / "unshared" / "images"
+    images.mkdir()
+    rows = tmp_path / "rows.json"
+    rows.write_text("[]")
+    done = cluster.submit(
+        "--working-dir", ".", "--", "python", "pipelines/full.py", "--storage", str(tmp_path / "run"),
+        "data.source=llava", f"data.pretrain_json={rows}", f"data.finetune_json={rows}",
+        f"data.finetune_images={images}", cwd=checkout,
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert f"cannot see data.finetune_images = {images}, which is on the disk of the node" in said
+    assert "Traceback (most recent call last)" not in said

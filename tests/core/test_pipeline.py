@@ -76,6 +76,15 @@ def test_a_changed_setting_reruns_only_what_depends_on_it(
     assert ran(storage) == [], "the first settings' folders are still there"
 
 
+def test_what_changed_is_told_without_secrets(storage: Storage) -> None:
+    step = Step("data", "makes data", (), pick("tracking"), "tests.core.job:data")
+    old = {"tracking.uri": "http://me:hunter2@host:5000", "version": 1}
+    before = StepFolder(storage, "data", step_digest("data", old, {}))
+    before.finish({}, {}, 1.0, {"settings": old, "inputs": {}})
+    (planned,) = make_plan(resolve("tiny", None, ["tracking.uri=http://host:5000"]), storage, (step,))
+    assert "tracking.uri 'http://***@host:5000' -> 'http://host:5000'" in planned.why
+
+
 def test_changed_input_files_rerun_all(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     run(storage)
     ran(storage)

@@ -13,7 +13,7 @@ import pytest
 
 from rayva.errors import CapacityError, TrainingError
 from rayva.orchestration.faults import user_error
-from rayva.orchestration.startup import check_capacity, start_ray, stop_ray
+from rayva.orchestration.startup import check_capacity, shared_inputs, start_ray, stop_ray
 from rayva.provenance import SOURCE_ROOT
 from rayva.recipes import resolve
 from rayva.storage import Storage
@@ -114,6 +114,31 @@ def test_a_workers_error_comes_out_as_it_was_raised() -> None:
     known = user_error(caught.value, "/root")
     assert isinstance(known, TrainingError)
     assert str(known) == "the loss is not finite\n  -> lower the learning rate"
+
+
+def test_what_every_node_reads_is_known_by_its_setting(tmp_path: Path) -> None:
+    for name in ("images", "beside", "weights"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "beside" / "rows.json").write_text("[]")
+    mix = (
+        f"[{{path: {tmp_path}/elsewhere.json, images: 'file://{tmp_path}/images', name: a}}, "
+        f"{{path: {tmp_path}/beside/rows.json}}, {{path: s3://bucket/c, format: captions}}]"
+    )
+    settings = {
+        "data.source": "llava",
+        "data.pretrain_json": f"{tmp_path}/beside/rows.json",
+        "data.finetune_mix": mix,
+        "data.held_out_json": f"{tmp_path}/gone/rows.json",
+        "language.path": f"{tmp_path}/weights",
+    }
+    recipe = resolve("tiny", None, [f"{key}={value}" for key, value in settings.items()])
+    assert shared_inputs(recipe) == {
+        "language.path": f"{tmp_path}/weights",
+        "data.pretrain_images": f"{tmp_path}/beside",
+        "data.finetune_mix a": f"{tmp_path}/images",
+        "data.finetune_mix rows": f"{tmp_path}/beside",
+    }
+    assert shared_inputs(resolve("tiny")) == {}
 
 
 def processes_with(text: str) -> list[str]:

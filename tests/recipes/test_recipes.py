@@ -296,8 +296,26 @@ def test_offload_needs_sharding() -> None:
         require_runnable(resolve("tiny", None, ["pretrain.offload=true"]))
 
 
-def test_a_password_in_the_tracking_address_is_refused_and_not_repeated() -> None:
-    recipe = resolve("tiny", overrides=["tracking.uri=http://me:hunter2@mlflow.local:5000"])
-    with pytest.raises(RecipeError, match="MLFLOW_TRACKING_PASSWORD") as caught:
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://me:hunter2@mlflow.local:5000",
+        "https://hunter2@mlflow.local",
+        "https://mlflow.local/?api_key=hunter2",
+        "postgresql://me:hunter2@db/mlflow",
+        "postgresql+psycopg2://me@db/mlflow?password=hunter2",
+        "mysql://db/mlflow?passwd=hunter2",
+    ],
+)
+def test_a_secret_in_the_tracking_address_is_refused_and_not_repeated(uri: str) -> None:
+    recipe = resolve("tiny", overrides=[f"tracking.uri={uri}"])
+    with pytest.raises(RecipeError, match="MLFLOW_TRACKING_TOKEN") as caught:
         require_runnable(recipe)
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://host:5000", "postgresql://me@db/mlflow", "sqlite:////a/b.db", "databricks://profile"]
+)
+def test_a_tracking_address_without_secrets(uri: str) -> None:
+    require_runnable(resolve("tiny", overrides=[f"tracking.uri={uri}"]))

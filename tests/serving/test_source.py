@@ -13,6 +13,7 @@ from rayva.orchestration.console import serving_settings
 from rayva.recipes.schema import Serving
 from rayva.serving.address import check_exposure, check_port
 from rayva.serving.source import find_model, local_folder
+from rayva.tracking.address import TrackingError
 
 
 def test_a_model_folder(model_folder: Path) -> None:
@@ -38,6 +39,47 @@ def test_a_reference_that_names_no_model(reference: str) -> None:
         find_model(reference)
 
 
+def _run_of(folder: Path, tracking_uri: str, version: str = "1") -> str:
+    folder.mkdir()
+    summary = {"model": {"name": "rayva-tiny", "version": version}, "mlflow": {"tracking_uri": tracking_uri}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return str(folder)
+
+
+def test_a_registry_that_nobody_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ServingError, match="MLFLOW_TRACKING_URI"):
+        find_model("models:/rayva-tiny@champion")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_keeps_its_registry_without_secrets(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run = _run_of(tmp_path / "run", "postgresql://***@host/db")
+    with pytest.raises(ServingError, match="MLFLOW_TRACKING_URI") as caught:
+        find_model(run)
+    assert "without the secrets" in caught.value.what
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/gone.db")
+    with pytest.raises(TrackingError, match=r"gone\.db with models:/rayva-tiny/1 is not there"):
+        find_model(run)
+    assert not (tmp_path / "gone.db").exists()
+
+
+@pytest.mark.slow
+def test_a_registry_that_is_down_is_told_at_once_and_without_secrets() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(TrackingError, match="connection refused") as caught:
+        find_model("models:/rayva-tiny@champion", f"http://ann:s3cret@127.0.0.1:{port}")
+    told = str(caught.value)
+    assert f"http://***@127.0.0.1:{port} with models:/rayva-tiny@champion cannot be reached" in told
+    assert "s3cret" not in told
+
+
 @pytest.mark.slow
 def test_an_alias_and_a_version_of_the_registry(model_folder: Path, tmp_path: Path) -> None:
     import mlflow
@@ -50,11 +92,10 @@ def test_an_alias_and_a_version_of_the_registry(model_folder: Path, tmp_path: Pa
     for reference in ("models:/rayva-tiny@champion", f"models:/rayva-tiny/{version}"):
         source = find_model(reference, uri)
         assert (source.folder, source.name) == (str(model_folder), "rayva-tiny")
-    (tmp_path / "run").mkdir()
-    summary = {"model": {"name": "rayva-tiny", "version": version}, "mlflow": {"tracking_uri": uri}}
-    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary))
-    assert find_model(str(tmp_path / "run")).name == "rayva-tiny"
-    with pytest.raises(ServingError, match="candidate"):
+    assert find_model(_run_of(tmp_path / "run", uri, version)).name == "rayva-tiny"
+    hidden = _run_of(tmp_path / "hidden", "postgresql://***@host/db", version)
+    assert find_model(hidden, uri).name == "rayva-tiny"
+    with pytest.raises(TrackingError, match="candidate"):
         find_model("models:/rayva-tiny@candidate", uri)
     tags = {"rayva.model": str(model_folder)}
     client.create_model_version("rayva-tiny", str(tmp_path / "reference"), tags=tags)

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from rayva.redaction import redact
 from rayva.storage import Storage
-from rayva.tracking.address import TrackingError, is_server, redact, tracking_uri
+from rayva.tracking.address import TrackingError, is_server, tracking_uri
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from rayva.progress import duration, say
 from rayva.provenance import code_version
 from rayva.recipes import Recipe, require_runnable, to_dict
 from rayva.recipes.schema import StageName
+from rayva.redaction import redact
 from rayva.steps import AttemptClock, StepFolder, step_digest
 from rayva.storage import Storage
 
@@ -230,7 +231,8 @@ def _why(
     old = before["settings"]
     changed = [key for key in {**old, **settings} if old.get(key) != settings.get(key)]
     if changed:
-        told = (f"{key} {old.get(key)!r} -> {settings.get(key)!r}" for key in changed[:3])
+        # What older code finished may have a secret in its settings.
+        told = (redact(f"{key} {old.get(key)!r} -> {settings.get(key)!r}") for key in changed[:3])
         return "changed: " + ", ".join(told)
     renewed = [name for name, digest in inputs.items() if before["inputs"].get(name) != digest]
     return f"its input changed: {', '.join(renewed)}" if renewed else "has not run yet"

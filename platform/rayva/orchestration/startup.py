@@ -10,9 +10,10 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from rayva.errors import CapacityError, RayvaError, StorageError
+from rayva.data.locations import absolute, is_local, parent
+from rayva.errors import CapacityError, DataError, RayvaError, StorageError
 from rayva.provenance import REPOSITORY, SOURCE_ROOT, code_version, tree_id
-from rayva.recipes.schema import Recipe
+from rayva.recipes.schema import STAGES, Recipe
 from rayva.storage import Storage
 
 __all__ = ["check_capacity", "code_version", "start_ray", "stop_ray"]
@@ -35,6 +36,7 @@ def start_ray(recipe: Recipe, storage: Storage | None = None) -> None:
         CapacityError: the cluster has less than the recipe asks for.
         RayvaError: a worker does not run this code.
         StorageError: a node cannot see the storage root.
+        DataError: a node cannot see images or weights that the recipe gives as a local path.
     """
     import ray
 
@@ -43,7 +45,7 @@ def start_ray(recipe: Recipe, storage: Storage | None = None) -> None:
         _join(storage) if _cluster_given() else _start_local()
         signal.signal(signal.SIGTERM, handler)  # ray.init puts its own in place
     check_capacity(recipe)
-    _check_nodes(storage)
+    _check_nodes(storage, shared_inputs(recipe))
 
 
 def stop_ray() -> None:
@@ -196,8 +198,45 @@ def _check_placement(recipe: Recipe, nodes: list[dict[str, float]]) -> None:
         )
 
 
-def _describe_worker(marker: str | None) -> dict[str, Any]:
-    """Runs in a worker: what it imports, and whether it sees the marker file on the storage."""
+def shared_inputs(recipe: Recipe) -> dict[str, str]:
+    """The local paths, by setting, that every node reads: images and weights. The rest is the driver's.
+
+    What is not here either is left to the step that reads it, which says so.
+    """
+    data = recipe.data
+    given: dict[str, str | None] = {"vision.path": recipe.vision.path, "language.path": recipe.language.path}
+    if data.source == "captions":
+        given["data.captions"] = data.captions
+    elif data.source == "emoji":
+        given["data.emoji_dir"] = data.emoji_dir
+    elif data.source == "llava":
+        for part in (*STAGES, "held_out"):
+            given |= _images(
+                f"data.{part}_images", getattr(data, f"{part}_json"), getattr(data, f"{part}_images")
+            )
+        for stage in STAGES:
+            for one in getattr(data, f"{stage}_mix"):
+                setting = f"data.{stage}_mix {one.label}"
+                given |= (
+                    {setting: one.path}
+                    if one.format == "captions"
+                    else _images(setting, one.path, one.images)
+                )
+    places = {
+        setting: absolute(path.removeprefix("file://"))
+        for setting, path in given.items()
+        if path is not None and is_local(path)
+    }
+    return {setting: path for setting, path in places.items() if os.path.exists(path)}
+
+
+def _images(setting: str, json_file: str | None, folder: str | None) -> dict[str, str | None]:
+    """The image folder of LLaVA JSON: the one that is named, else where the file lies."""
+    return {setting: folder or (parent(json_file) if json_file else None)}
+
+
+def _describe_worker(marker: str | None, inputs: dict[str, str]) -> dict[str, Any]:
+    """Runs in a worker: what it imports, and which of the marker on the storage and the inputs it sees."""
     import platform
 
     import rayva
@@ -209,11 +248,12 @@ def _describe_worker(marker: str | None) -> dict[str, Any]:
         "tree": tree_id(root),
         "stdlib": str(Path(platform.__file__).resolve().parent) == str(Path(os.__file__).resolve().parent),
         "marker": marker is None or os.path.exists(marker),
+        "missing": {setting: path for setting, path in inputs.items() if not os.path.exists(path)},
     }
 
 
-def _check_nodes(storage: Storage | None) -> None:
-    """Runs one small task on every node to see that it has this code and sees a local storage root."""
+def _check_nodes(storage: Storage | None, inputs: dict[str, str]) -> None:
+    """Runs one small task on every node to see that it has this code and sees the local paths."""
     import ray
     from ray.exceptions import GetTimeoutError, RayTaskError, RuntimeEnvSetupError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -231,7 +271,7 @@ def _check_nodes(storage: Storage | None) -> None:
                 address,
                 describe.options(
                     scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
-                ).remote(storage.path(marker) if storage is not None and shared else None),
+                ).remote(storage.path(marker) if storage is not None and shared else None, inputs),
             )
             for node_id, address in nodes.items()
         ]
@@ -269,5 +309,11 @@ def _check_answer(address: str, answer: dict[str, Any], storage: Storage | None)
         raise StorageError(
             f"Node {address} cannot see the storage {storage.root if storage else ''}.",
             "use a folder that all nodes share, or a URI such as s3://bucket/run, with --storage",
+        )
+    for setting, path in answer["missing"].items():
+        raise DataError(
+            f"Node {address} cannot see {setting} = {path}, which is on the disk of the node that runs the "
+            "job's script.",
+            "put it into a folder that all nodes share, or give a URI (weights: a name on the hub)",
         )
     log.debug("node %s (%s) imports rayva from %s", address, answer["host"], answer["root"])

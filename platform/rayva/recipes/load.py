@@ -8,7 +8,6 @@ import re
 import types
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from typing import Any, Union, get_args, get_origin
-from urllib.parse import urlsplit
 
 import fsspec
 import yaml
@@ -18,6 +17,7 @@ from pydantic.fields import FieldInfo
 from rayva import remote
 from rayva.errors import RecipeError
 from rayva.recipes.schema import STAGES, Data, Dataset, Recipe
+from rayva.redaction import holds_secret, redact
 
 
 class _Yaml12Loader(yaml.SafeLoader):
@@ -170,11 +170,13 @@ def require_runnable(recipe: Recipe) -> None:
                 f"add {stage}.zero=1 or more",
             )
 
-    if recipe.tracking.uri and urlsplit(recipe.tracking.uri).password:
+    if recipe.tracking.uri and holds_secret(recipe.tracking.uri):
         # The recipe is logged and stored with every run.
         raise RecipeError(
-            "tracking.uri holds a password, which would be kept with every run.",
-            "leave it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead",
+            f"tracking.uri {redact(recipe.tracking.uri)!r} holds a secret (***), which would be kept with "
+            "every run.",
+            "leave it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+            "MLFLOW_TRACKING_TOKEN, in the environment; for a database, its driver's own, such as PGPASSWORD",
         )
 
 

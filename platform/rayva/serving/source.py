@@ -7,18 +7,20 @@ models:/rayva-tiny@champion    an alias of the MLflow registry; models:/rayva-ti
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rayva.errors import ServingError
+from rayva.redaction import MASK
 from rayva.storage import Storage
+from rayva.tracking.registry import registered_folder
 
 SUMMARY = "summary.json"
 MODEL_FILE = "rayva.json"
-MODEL_TAG = "rayva.model"
-"""Tag of a registered version: where its model folder lies. The version's own source may be a reference."""
+_TRACKING_URI = "MLFLOW_TRACKING_URI"
 _REGISTRY = re.compile(r"models:/(?P<name>[^@/]+)(?:@(?P<alias>[^@/]+)|/(?P<version>\d+))")
 
 
@@ -33,10 +35,12 @@ class ModelSource:
 def find_model(reference: str, tracking_uri: str | None = None) -> ModelSource:
     """Resolves what a person names to a model folder.
 
-    `tracking_uri` says where the registry is; a storage root knows its own.
+    Args:
+        tracking_uri: where the registry is. None: a storage root knows its own; else MLFLOW_TRACKING_URI.
 
     Raises:
         ServingError: there is no such model; names what was looked for.
+        TrackingError: the registry cannot be reached, or does not know the model.
     """
     if reference.startswith("models:"):
         return _registered(reference, tracking_uri)
@@ -44,7 +48,7 @@ def find_model(reference: str, tracking_uri: str | None = None) -> ModelSource:
     if storage.exists(MODEL_FILE):
         return ModelSource(storage.root, _folder_name(storage))
     if storage.exists(SUMMARY):
-        return _of_run(storage)
+        return _of_run(storage, tracking_uri)
     raise ServingError(
         f"{reference} holds neither {MODEL_FILE} (a model folder) nor {SUMMARY} (a run)",
         "give a model folder, the storage root of a run, or models:/NAME@ALIAS",
@@ -56,46 +60,43 @@ def _folder_name(storage: Storage) -> str:
     return name or "rayva"
 
 
-def _of_run(storage: Storage) -> ModelSource:
-    """The model that a run registered; its `champion` if it has one."""
+def _of_run(storage: Storage, tracking_uri: str | None) -> ModelSource:
+    """The version of the registry that a run registered."""
     summary: dict[str, Any] = storage.read_json(SUMMARY)
     model, tracking = summary.get("model"), summary.get("mlflow")
     if not model or not tracking:
         raise ServingError(
             f"the run in {storage.root} has not registered a model yet", "finish it with pipelines/full.py"
         )
-    return _registered(f"models:/{model['name']}/{model['version']}", tracking["tracking_uri"])
+    kept = str(tracking["tracking_uri"])
+    uri = tracking_uri or (None if MASK in kept else kept) or os.environ.get(_TRACKING_URI)
+    if uri is None:
+        raise ServingError(
+            f"the run in {storage.root} keeps the address of its model registry without the secrets in it: "
+            f"{kept}",
+            f"give the whole address with --tracking-uri or {_TRACKING_URI}",
+        )
+    return _registered(f"models:/{model['name']}/{model['version']}", uri)
 
 
 def _registered(reference: str, tracking_uri: str | None) -> ModelSource:
     found = _REGISTRY.fullmatch(reference)
     if found is None:
         raise ServingError(f"{reference} names no model", "write models:/NAME@ALIAS or models:/NAME/VERSION")
-    import mlflow
-    from mlflow.exceptions import MlflowException
-
-    client = mlflow.MlflowClient(tracking_uri=tracking_uri)
-    name, alias, version = found["name"], found["alias"], found["version"]
-    try:
-        entry = (
-            client.get_model_version_by_alias(name, alias)
-            if alias
-            else client.get_model_version(name, version)
-        )
-    except MlflowException as error:
+    uri = tracking_uri or os.environ.get(_TRACKING_URI)
+    if uri is None:
         raise ServingError(
-            f"the registry at {mlflow.get_tracking_uri() if tracking_uri is None else tracking_uri} "
-            f"has no {reference}: {str(error).splitlines()[0]}",
-            "check the name and the alias, and give the registry's address with --tracking-uri",
-        ) from error
-    place = str(entry.tags.get(MODEL_TAG, entry.source)).removeprefix("file://")
+            f"nothing says where the registry with {reference} is",
+            f"give its address with --tracking-uri or {_TRACKING_URI}, such as sqlite:////RUN/mlflow.db",
+        )
+    place = registered_folder(uri, found["name"], alias=found["alias"], version=found["version"])
     storage = Storage(place)
     if not storage.exists(MODEL_FILE):
         raise ServingError(
             f"{reference} was registered from {place}, where there is no {MODEL_FILE} any more",
             "restore the folder, or register the model again",
         )
-    return ModelSource(storage.root, name)
+    return ModelSource(storage.root, found["name"])
 
 
 def local_folder(source: ModelSource) -> tuple[Path, Storage]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from rayva.errors import RayvaError
+from rayva.redaction import redact
 from rayva.storage import Storage
 
-_USERINFO = re.compile(r"(?<=://)[^/\s]*@")
-_SECRET_QUERY = re.compile(r"([?&][^=&\s]*(?:token|key|secret|password|sig)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
 _SERVERS = ("http", "https")
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 _EXAMPLES = "use http://host:5000, sqlite:////path/mlflow.db, or leave it out for a store under --storage"
@@ -18,11 +16,6 @@ _EXAMPLES = "use http://host:5000, sqlite:////path/mlflow.db, or leave it out fo
 
 class TrackingError(RayvaError):
     """The tracking store cannot be used as it is given."""
-
-
-def redact(text: str) -> str:
-    """`text` with the user names, passwords and tokens of every URI in it replaced by ***."""
-    return _SECRET_QUERY.sub(r"\1***", _USERINFO.sub("***@", text))
 
 
 def is_server(uri: str) -> bool:
@@ -43,6 +36,15 @@ def tracking_uri(given: str | None, storage: Storage) -> str:
                 "set tracking.uri to a tracking server, for example tracking.uri=http://host:5000",
             )
         return f"sqlite:///{storage.path('mlflow.db')}"
+    return check_uri(given)
+
+
+def check_uri(given: str) -> str:
+    """The URI as it is, if MLflow can use it.
+
+    Raises:
+        TrackingError: its scheme is not known, or it names no host, file or folder.
+    """
     if given == "databricks" or given.startswith("databricks://"):
         return given
     shown = redact(given)

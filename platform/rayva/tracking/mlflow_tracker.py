@@ -18,9 +18,10 @@ from typing import Any, Protocol
 
 from rayva.provenance import code_version
 from rayva.recipes import Recipe, to_dict
+from rayva.redaction import redact
 from rayva.steps import StepFolder
 from rayva.storage import Storage
-from rayva.tracking.address import TrackingError, redact, tracking_uri
+from rayva.tracking.address import TrackingError, tracking_uri
 from rayva.tracking.history import HISTORY, History
 from rayva.tracking.outbox import Operation, Outbox
 from rayva.tracking.registry import Place, Registered, register

@@ -10,17 +10,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rayva.redaction import redact
 from rayva.storage import Storage
-from rayva.tracking.address import TrackingError, is_server, redact
+from rayva.tracking.address import TrackingError, check_uri, is_server
 from rayva.tracking.outbox import Rejected, ServerAway
-from rayva.tracking.server import MlflowServer
+from rayva.tracking.server import MlflowServer, ask, make_client
+from rayva.tracking.sqlite import sqlite_file
 
 CANDIDATE = "candidate"
 CHAMPION = "champion"
 DIGEST_TAG = "rayva.digest"
 MODEL_TAG = "rayva.model"
-"""Where the model folder lies: a local path or fsspec URI."""
+"""Where the model folder lies: a local path or fsspec URI. The version's own source may be a reference."""
 REFERENCE = "rayva-model.json"
+_ADDRESS = "check the name and the alias, and give the registry's address with --tracking-uri"
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,36 @@ def register(
             "set tracking.model_name to another name, or ask whoever runs the server",
         ) from error
     return Registered(name, version, tuple(sorted(aliases)))
+
+
+def registered_folder(uri: str, name: str, *, alias: str | None = None, version: str | None = None) -> str:
+    """Where the folder of a registered model lies, by an alias or a version; nothing is written.
+
+    Raises:
+        TrackingError: there is no such store, it cannot be reached, or it has no such version.
+    """
+    wanted = f"models:/{name}@{alias}" if alias else f"models:/{name}/{version}"
+    shown = redact(uri)
+    file = sqlite_file(check_uri(uri))
+    if file is not None and not file.exists():
+        raise TrackingError(f"The registry {shown} with {wanted} is not there.", _ADDRESS)
+
+    def find() -> Any:
+        client = make_client(uri)
+        if alias:
+            return client.get_model_version_by_alias(name, alias)
+        return client.get_model_version(name, version)
+
+    try:
+        entry = ask(find, lambda: make_client(uri).search_registered_models(max_results=1))
+    except ServerAway as error:
+        raise TrackingError(
+            f"The registry {shown} with {wanted} cannot be reached ({error}).",
+            "start the tracking server, or check its address, user and password",
+        ) from error
+    except Rejected as error:
+        raise TrackingError(f"The registry {shown} does not give {wanted}: {error}", _ADDRESS) from error
+    return str(entry.tags.get(MODEL_TAG, entry.source)).removeprefix("file://")
 
 
 def _find(server: MlflowServer, name: str, digest: str) -> str | None:

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rayva.provenance import code_version
+from rayva.redaction import redact
 from rayva.storage import Storage
-from rayva.tracking.address import TrackingError, redact, tracking_uri
+from rayva.tracking.address import TrackingError, tracking_uri
 from rayva.tracking.mlflow_tracker import flatten
 from rayva.tracking.outbox import Operation, Rejected, ServerAway
 from rayva.tracking.server import MlflowServer

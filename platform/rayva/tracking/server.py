@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from rayva.redaction import redact
 from rayva.storage import Storage
-from rayva.tracking.address import TrackingError, is_server, redact
+from rayva.tracking.address import TrackingError, is_server
 from rayva.tracking.outbox import Operation, Rejected, ServerAway
 from rayva.tracking.sqlite import ensure_tables
 

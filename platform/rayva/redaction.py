@@ -1,0 +1,26 @@
+"""Secrets in URIs: masked wherever a URI is shown or kept."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import urlsplit
+
+MASK = "***"
+_USERINFO = re.compile(r"(?<=://)[^/\s]*@")
+_SECRET_QUERY = re.compile(r"([?&][^=&\s]*(?:token|key|secret|passw|pwd|sig)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
+
+
+def redact(text: str) -> str:
+    """`text` with the user names, passwords and tokens of every URI in it replaced by ***."""
+    return _SECRET_QUERY.sub(rf"\1{MASK}", _USERINFO.sub(f"{MASK}@", text))
+
+
+def holds_secret(uri: str) -> bool:
+    """Whether `uri` has a part that must not be kept. A database's URI may name its user.
+
+    A server's may not: a token can stand in the user's place.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme not in ("http", "https") and parts.password is None:
+        uri = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    return redact(uri) != uri
