@@ -298,6 +298,46 @@ def test_stage_1_trained_those_tokens(whole: bool, tmp_path: Path) -> None:
     assert check_and_export(tmp_path) <= 1e-4
 
 
+@pytest.mark.parametrize("table", ["two", "cut", "uncut", "known"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_those_tokens_go_into_spare_rows(table: str, tied: bool, tmp_path: Path) -> None:
+    """Bases are padded: the trained rows are those that the model answers with, in the original's layouts."""
+    make_stage_one(tmp_path)
+    tokenizer = make_tokenizer()
+    tokens = len(tokenizer)
+    language = make_language(tokens + 7, tied)
+    language.save_pretrained(tmp_path / "base")
+    if table == "known":  # a base whose tokenizer has them
+        tokenizer.add_tokens(["<im_start>", "<im_end>", "<more>"], special_tokens=True)
+        tokenizer.save_pretrained(tmp_path / "base")
+    rows = language.get_input_embeddings().weight.detach().clone()
+    new = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(5))
+    uncut = torch.cat([rows[:tokens], new, rows[tokens + 2 :]])
+    embedding = {"two": new, "cut": uncut[: tokens + 2], "uncut": uncut, "known": uncut[: tokens + 3]}[table]
+    torch.save(
+        projector_tensors("linear") | {"model.embed_tokens.weight": embedding}, tmp_path / "mm_projector.bin"
+    )
+    choices = Choices(language=tmp_path / "base", vision=tmp_path / "tower", template="v0")
+    import_model(tmp_path / "mm_projector.bin", tmp_path / "model", choices)
+    assistant = load_assistant(tmp_path / "model")
+    ids = assistant.tokenizer.convert_tokens_to_ids(["<im_start>", "<im_end>"])
+    assert ids == [tokens, tokens + 1]
+
+    # What the original code makes of the base.
+    with torch.no_grad():
+        if not tied and table != "known":
+            head = language.lm_head.weight
+            head[tokens : tokens + 2] = head[:tokens].mean(dim=0)
+        language.get_input_embeddings().weight[tokens : tokens + 2] = new
+    inputs = torch.tensor([[1, 20, ids[0], 30, ids[1], 40]])
+    with torch.inference_mode():
+        expected = language(input_ids=inputs).logits
+        found = assistant.model.language(input_ids=inputs).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    if table == "two":
+        assert check_and_export(tmp_path) <= 1e-4
+
+
 # --- what is refused ---
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ _COUNTS = (
     "num_key_value_heads", "max_position_embeddings", "head_dim",
 )  # fmt: skip
 _MOST = 2**31
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _BUFFERS = ("rotary_emb.inv_freq", "position_ids")
 """Ends of the names of numbers that old checkpoints store and models compute themselves."""
 _REMEDY = "fetch or save the checkpoint again"
@@ -190,8 +191,10 @@ def find_tokenizer(*folders: Path | None) -> Path:
     )
 
 
-def write_tokenizer(source: Path, target: Path, added: tuple[str, ...] = ()) -> PreTrainedTokenizerBase:
-    """Copies a tokenizer's files, adds control tokens that it lacks, and proves that it loads."""
+def write_tokenizer(
+    source: Path, target: Path, added: tuple[str, ...] = ()
+) -> tuple[PreTrainedTokenizerBase, list[str]]:
+    """Copies a tokenizer's files, adds control tokens, tells which it lacked, and proves that it loads."""
     copied = [name for name in _COPIED if (source / name).is_file()]
     for name in copied:
         if name.endswith(".json"):
@@ -209,7 +212,7 @@ def write_tokenizer(source: Path, target: Path, added: tuple[str, ...] = ()) -> 
     if missing:
         tokenizer.add_tokens(missing, special_tokens=True)
         tokenizer.save_pretrained(target)
-    return tokenizer
+    return tokenizer, missing
 
 
 def write_language(
@@ -252,29 +255,67 @@ def _end_tokens(part: LanguagePart, generation: Mapping[str, Any], rows: int) ->
     return found
 
 
-def append_rows(part: LanguagePart, rows: int, embedding_RH: Tensor | None) -> LanguagePart:
-    """The model with `rows` more tokens.
+def with_marker_rows(
+    part: LanguagePart, ids: Sequence[int], fresh: bool, tokens: int, table_VH: Tensor | None
+) -> LanguagePart:
+    """The model with trained rows for the tokens `ids` around images, which its base does not know.
 
-    Their embeddings are the last `rows` of `embedding_RH` [R, H], or else the mean of the others; their
-    rows of the LM head are the mean of the others, as in the original code.
+    Args:
+        fresh: whether the tokens are new to the tokenizer; spare rows of the base are then no rows of theirs.
+        tokens: of the tokenizer; the tables grow where they have fewer rows.
+        table_VH: the trained embeddings as stage 1 stored them: of the two tokens alone, or of all.
+
+    New rows that nobody trained, those of the LM head among them, are the mean of the rows before them, as
+    in the original code.
+
+    Raises:
+        WeightsError: the embedding has another name than that of Llama and its kin.
     """
-    tensors = dict(part.tensors)
+    if _EMBEDDING not in part.tensors:
+        raise WeightsError(
+            f"{part.config_file}: a {part.config['model_type']} model, whose embedding is not called "
+            f"{_EMBEDDING}, cannot take rows for tokens around images",
+            "give the base that the projector was trained with",
+        )
     before = count(part.config, "vocab_size", part.config_file)
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        if name in tensors:
-            given = embedding_RH if name == "model.embed_tokens.weight" else None
-            tensors[name] = _with_rows(tensors[name], rows, given)
-    config = {**part.config, "vocab_size": before + rows}
-    return replace(part, tensors=tensors, config=config)
+    rows = max(before, tokens)
+    new = [*(ids if fresh else ()), *range(before, rows)]
+    trained = None if table_VH is None else _trained_rows(table_VH, ids, fresh, part.tensors[_EMBEDDING])
+    tensors = dict(part.tensors)
+    if trained is not None or new:
+        tensors[_EMBEDDING] = _with_rows(tensors[_EMBEDDING], rows, new, ids, trained)
+    if _HEAD in tensors and new:
+        tensors[_HEAD] = _with_rows(tensors[_HEAD], rows, new, (), None)
+    return replace(part, tensors=tensors, config={**part.config, "vocab_size": rows})
 
 
-def _with_rows(tensor: LazyTensor, rows: int, given_RH: Tensor | None) -> LazyTensor:
+def _trained_rows(table_VH: Tensor, ids: Sequence[int], fresh: bool, base: LazyTensor) -> Tensor:
+    """The rows of the tokens `ids` in what stage 1 stored.
+
+    The original adds the tokens and cuts or extends the table to the tokenizer's size: they are its last
+    rows. They stand at their ids where the tokenizer had them before, or where a table of the base's size
+    ends in the base's own spare rows.
+    """
+    last = slice(len(table_VH) - len(ids), None)
+    by_id = not fresh
+    if fresh and len(table_VH) == base.shape[0]:
+        by_id = torch.equal(table_VH[last].to(base.dtype), base.load()[last])
+    if by_id and len(ids) < len(table_VH) and max(ids) < len(table_VH):
+        return table_VH[list(ids)]
+    return table_VH[last]
+
+
+def _with_rows(
+    tensor: LazyTensor, rows: int, new: Sequence[int], ids: Sequence[int], trained_RH: Tensor | None
+) -> LazyTensor:
     def read() -> Tensor:
         weight_VH = tensor.load()
-        new_RH = weight_VH.float().mean(dim=0, keepdim=True).expand(rows, -1)
-        if given_RH is not None:
-            new_RH = given_RH[-rows:]
-        return torch.cat([weight_VH, new_RH.to(weight_VH.dtype)])
+        grown_VH = weight_VH.new_empty(rows, *weight_VH.shape[1:])
+        grown_VH[: len(weight_VH)] = weight_VH
+        if new:
+            grown_VH[list(new)] = weight_VH[: min(new)].float().mean(dim=0).to(weight_VH.dtype)
+        if trained_RH is not None:
+            grown_VH[list(ids)] = trained_RH.to(weight_VH.dtype)
+        return grown_VH
 
-    shape = (tensor.shape[0] + rows, *tensor.shape[1:])
-    return replace(tensor, read=read, shape=shape)
+    return replace(tensor, read=read, shape=(rows, *tensor.shape[1:]))

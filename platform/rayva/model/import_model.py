@@ -30,9 +30,9 @@ from rayva.model.import_chat import DEFAULT
 from rayva.model.import_hf import hugging_face_parts
 from rayva.model.import_language import (
     LanguagePart,
-    append_rows,
     check_language,
     is_original_type,
+    with_marker_rows,
     write_language,
     write_tokenizer,
 )
@@ -79,13 +79,7 @@ def import_model(source: Path, target: Path, choices: Choices | None = None) -> 
     choices = choices or Choices()
     kind = recognise(source)
     with fresh_folder(target) as scratch:
-        read = {
-            "original": original_parts,
-            "lora": lora_parts,
-            "projector": stage_one_parts,
-            "hf": hugging_face_parts,
-        }[kind]
-        return _write(read(source, choices), scratch, choices)
+        return _write(_READERS[kind](source, choices), scratch, choices)
 
 
 def recognise(source: Path) -> Kind:
@@ -128,8 +122,8 @@ def recognise(source: Path) -> Kind:
 def _write(parts: Parts, scratch: Path, choices: Choices) -> Report:
     for name in ("language", "vision"):
         (scratch / name).mkdir()
-    tokenizer = write_tokenizer(parts.tokenizer, scratch / "language", parts.markers or ())
-    language = _with_markers(parts, check_language(parts.language), tokenizer)
+    tokenizer, lacked = write_tokenizer(parts.tokenizer, scratch / "language", parts.markers or ())
+    language = _with_markers(parts, check_language(parts.language), tokenizer, bool(lacked))
     vision = check_vision(parts.vision)
     kind = projector_kind(parts.projector, parts.where)
     _check_projector(parts, kind, language.hidden, int(vision.config["hidden_size"]))
@@ -165,12 +159,14 @@ def _write(parts: Parts, scratch: Path, choices: Choices) -> Report:
     )
 
 
-def _with_markers(parts: Parts, language: LanguagePart, tokenizer: PreTrainedTokenizerBase) -> LanguagePart:
+def _with_markers(
+    parts: Parts, language: LanguagePart, tokenizer: PreTrainedTokenizerBase, fresh: bool
+) -> LanguagePart:
     """The language model with rows for `<im_start>` and `<im_end>`, where stage 1 alone knows them."""
-    missing = len(tokenizer) - int(language.config["vocab_size"])
-    if parts.kind != "projector" or parts.markers is None or missing <= 0:
+    if parts.kind != "projector" or parts.markers is None:
         return language
-    return append_rows(language, missing, parts.marker_embedding)
+    ids = tokenizer.convert_tokens_to_ids(list(parts.markers))
+    return with_marker_rows(language, ids, fresh, len(tokenizer), parts.marker_embedding)
 
 
 def _check_projector(parts: Parts, kind: ProjectorKind, text_hidden: int, vision_hidden: int) -> None:

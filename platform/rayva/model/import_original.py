@@ -99,18 +99,18 @@ def stage_one_parts(source: Path, choices: Choices) -> Parts:
     if "mm_vision_select_layer" not in settings:
         note = f"no config.json of stage 1 beside {file.name}: the tower's layer {parts.layer} is assumed"
         parts = replace(parts, notes=(*parts.notes, note))
-    return parts if trained is None else replace(parts, marker_embedding=_marker_rows(trained.load(), parts))
+    return parts if trained is None else replace(parts, marker_embedding=_marker_table(trained.load(), parts))
 
 
-def _marker_rows(embedding_VH: Tensor, parts: Parts) -> Tensor:
-    """The rows of `<im_start>` and `<im_end>`: the last two, as the original adds them."""
+def _marker_table(embedding_VH: Tensor, parts: Parts) -> Tensor:
+    """What holds the rows of `<im_start>` and `<im_end>`; `WeightsError` where it cannot."""
     if embedding_VH.ndim != 2 or embedding_VH.shape[1] != parts.language.hidden or len(embedding_VH) < 2:
         raise WeightsError(
             f"{parts.where}: {_EMBEDDING} has the shape {list(embedding_VH.shape)}, "
             f"expected rows of {parts.language.hidden}",
             REMEDY,
         )
-    return embedding_VH[-2:]
+    return embedding_VH
 
 
 def _base(folder: Path, choices: Choices, raw: Mapping[str, Any]) -> LanguagePart:

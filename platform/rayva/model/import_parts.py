@@ -53,7 +53,8 @@ class Parts:
     """A checkpoint taken apart, nothing of it read yet.
 
     `projector` is by the names in projector.safetensors. `conversation` is asked once the tokenizer is
-    known. `markers` are tokens around each image, `marker_embedding` their trained rows.
+    known. `markers` are tokens around each image, `marker_embedding` the table that holds their trained
+    rows.
     """
 
     kind: Kind
