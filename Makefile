@@ -59,7 +59,8 @@ bench: $(STAMP) ## the figures of docs/benchmarks.md, one script after the other
 	$(BIN)/python benchmarks/generate.py
 	$(BIN)/python benchmarks/evaluate.py
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
-	    $(BIN)/python benchmarks/gpu_step.py; else echo "no CUDA GPU: gpu_step.py is left out"; fi
+	    $(BIN)/python benchmarks/gpu_step.py && $(BIN)/python benchmarks/gpu_loss.py; \
+	else echo "no CUDA GPU: gpu_step.py and gpu_loss.py are left out"; fi
 	$(BIN)/python benchmarks/features.py --images 5000 --tower efficientnet_lite
 	rm -rf runs/bench-tiny
 	$(BIN)/python benchmarks/steps.py --recipe tiny --storage runs/bench-tiny

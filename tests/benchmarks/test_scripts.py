@@ -16,6 +16,7 @@ SCRIPTS = [
     "evaluate",
     "features",
     "generate",
+    "gpu_loss",
     "gpu_step",
     "loss_memory",
     "plan",
@@ -128,6 +129,15 @@ def test_waiting_is_measured_on_disk_and_on_s3(tmp_path: Path) -> None:
     assert sides["s3"]["losses"] == sides["local"]["losses"]
     assert all(0 <= side["wait_share"] <= 1 for side in sides.values())
     assert "S3 at 5 ms" in text
+
+
+@pytest.mark.slow
+def test_the_loss_of_a_gpu_runs_on_a_cpu(tmp_path: Path) -> None:
+    options = ["--device", "cpu", "--tokens", "64", "--shapes", "32x512", "--repeats", "1"]
+    figures, _ = _run("gpu_loss", tmp_path, *options)
+    for found in figures["shapes"].values():
+        losses = [side["loss"] for side in found.values()]
+        assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-3)
 
 
 @pytest.mark.slow
