@@ -7,17 +7,24 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rayva.cli import main
 from rayva.commands.inspect import Inspector, write_json, write_report
 from rayva.data.json_rows import read_json_rows
+from rayva.data.schema import SAMPLES
 from rayva.text.encode import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from rayva.text.templates import get_template
+from rayva.training.dataset import SampleSource, TextSettings
 
 
 def turns(question: str, answer: str) -> list[dict[str, str]]:
@@ -134,6 +141,55 @@ def test_rows_that_the_recipe_drops_are_rejected(data: Path, llama_like: PreTrai
 def test_the_image_stays_where_the_data_has_it(data: Path, llama_like: PreTrainedTokenizerBase) -> None:
     record = as_json(data, inspector(llama_like, image_position="data"))["good"]
     assert "USER: What is it? <image> ASSISTANT:" in record["prompt"]
+
+
+def test_an_image_without_a_place_is_told(tmp_path: Path, llama_like: PreTrainedTokenizerBase) -> None:
+    rows = [{"id": "none", "image": "a.png", "conversations": turns("What is it?", "A boat.")}, ROWS[0]]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    records = as_json(tmp_path / "rows.json", inspector(llama_like))
+    assert records["none"]["input_ids"].count(IMAGE_TOKEN_INDEX) == 1
+    assert (records["none"]["status"], records["none"]["reason"]) == ("ok", None)
+    out = io.StringIO()
+    read = read_json_rows(str(tmp_path / "rows.json"), "data")
+    write_report(map(inspector(llama_like).inspect, read), out, llama_like, 0, 300)
+    assert "taken 1: no <image> in the text" in out.getvalue()
+
+
+def test_random_places_are_those_of_training(tmp_path: Path, llama_like: PreTrainedTokenizerBase) -> None:
+    good = [
+        {"id": f"r{i}", "image": "a.png", "conversations": turns("<image>\nWhat?", "A boat.")}
+        for i in range(30)
+    ]
+    bad = {"id": "bad", "conversations": []}  # the data step puts it aside: it counts for nothing
+    (tmp_path / "rows.json").write_text(json.dumps([good[0], bad, *good[1:]]))
+    records = as_json(tmp_path / "rows.json", inspector(llama_like, image_position="random", seed=3))
+    shown = [records[f"r{i}"]["input_ids"] for i in range(30)]
+    samples = pa.Table.from_pylist(
+        [
+            {
+                "sample_id": row["id"], "image_ids": ["a"], "kind": "user",
+                "turns": [
+                    {"role": turn["from"], "text": turn["value"]} for turn in row["conversations"]
+                ],
+            }
+            for row in good
+        ],
+        schema=SAMPLES,
+    )  # fmt: skip
+    text = TextSettings(get_template("v1", llama_like), image_position="random", seed=3)
+    source = SampleSource(samples, pa.array(["a"]), OneToken(), text, llama_like)
+    trained = [source.example(i, 0, Counter()) for i in range(30)]
+    assert shown == [example.input_ids for example in trained if example]
+    assert len({tuple(ids) for ids in shown}) == 2  # before and after the text
+
+
+class OneToken:
+    """Features of one visual token an image."""
+
+    num_tokens, encodes = 1, False
+
+    def read(self, image_ids: Sequence[str]) -> list[Tensor]:
+        return [torch.zeros(1, 4) for _ in image_ids]
 
 
 def test_missing_images_reject_their_rows(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import re
 import sys
 from collections import Counter
@@ -30,6 +29,7 @@ from rayva.text.conversation import (
     Message,
     messages_from_turns,
     place_image,
+    sample_rng,
 )
 from rayva.text.encode import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, encode_sample
 from rayva.text.templates import TEMPLATE_NAMES, Template, get_template
@@ -85,7 +85,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--limit", "--rows", type=_count, dest="limit", metavar="N", help="reads the first N rows only"
     )
     parser.add_argument("--show", type=_count, default=3, metavar="N", help="rows shown in full (default: 3)")
-    parser.add_argument("--seed", type=int, default=0, help="of --image-position random")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of --image-position random: a stage's seed shows its first epoch"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,8 @@ class Inspected:
     status: Status
     reason: str | None = None
     detail: str = ""
+    note: str | None = None
+    """What is worth telling of a row that is taken as it is."""
 
 
 class Inspector:
@@ -127,7 +131,9 @@ class Inspector:
         self._max_tokens, self._image_tokens = max_tokens, image_tokens
         self._over_length = over_length
         self._folder = ImageFolder(images) if images else None
-        self._rng = random.Random(seed)
+        self._seed = seed
+        self._accepted = 0
+        """Rows so far that the data step takes: their numbers are those of training's samples."""
 
     def inspect(self, row: JsonRow) -> Inspected:
         """Encodes one row; whatever is wrong with it becomes its status and reason."""
@@ -138,7 +144,9 @@ class Inspector:
             except BadRow as error:
                 reason, detail = error.reason, error.detail
                 messages = _lenient_messages(row.value)
-            messages = place_image(messages, self._position, self._rng)
+            rng = sample_rng(self._seed, 0, self._accepted)
+            self._accepted += not reason
+            messages = place_image(messages, self._position, rng)
             encoded = encode_sample(messages, self._template, self._tokenizer)
         except BadConversation as error:
             reason, detail = reason or error.reason, detail or error.what
@@ -147,7 +155,7 @@ class Inspector:
         if reason:
             return Inspected(row_id, encoded, length, kept, supervised, "rejected", reason, detail)
         if length <= self._max_tokens:
-            return Inspected(row_id, encoded, length, kept, supervised, "ok")
+            return Inspected(row_id, encoded, length, kept, supervised, "ok", note=_note(row.value))
         status: Status = "rejected" if self._over_length == "drop" else "truncated"
         if IMAGE_TOKEN_INDEX not in encoded.input_ids and status == "truncated":
             # With images the cut depends on the vision tower: such rows are shown whole.
@@ -173,6 +181,12 @@ class Inspector:
             for image in parsed.images:
                 self._folder.resolve(image)
         return messages_from_turns(parsed.turns, len(parsed.images))
+
+
+def _note(value: Any) -> str | None:
+    if value.get("image") and not count_markers(_lenient_turns(value)):
+        return f"no {IMAGE_PLACEHOLDER} in the text: images go before the first question"
+    return None
 
 
 def _row_id(row: JsonRow) -> str:
@@ -275,6 +289,7 @@ class _Totals:
     lengths: list[int] = field(default_factory=list)
     truncated: Counter[str] = field(default_factory=Counter)
     rejected: Counter[str] = field(default_factory=Counter)
+    noted: Counter[str] = field(default_factory=Counter)
 
     def add(self, row: Inspected) -> None:
         self.rows += 1
@@ -283,6 +298,8 @@ class _Totals:
             return
         if row.status == "truncated":
             self.truncated[row.reason or ""] += 1
+        if row.note:
+            self.noted[row.note] += 1
         self.lengths.append(row.length)
         self.tokens += row.kept
         self.supervised += row.supervised
@@ -305,7 +322,7 @@ def write_report(
 
 
 def _row_lines(row: Inspected, tokenizer: PreTrainedTokenizerBase, marks: tuple[str, str]) -> Iterator[str]:
-    why = f" ({row.reason}: {row.detail})" if row.reason else ""
+    why = f" ({row.reason}: {row.detail})" if row.reason else f" ({row.note})" if row.note else ""
     yield _printable(f"== {row.row_id}: {row.status}{why}").replace("\n", "\\n")
     yield f"   {row.length} tokens with images, {row.supervised} supervised"
     if not row.encoded.input_ids:
@@ -354,6 +371,8 @@ def _figures(totals: _Totals, max_tokens: int) -> Iterator[str]:
         yield f"  rejected {count:,}: {reason}"
     for _, count in totals.truncated.most_common():
         yield f"  truncated {count:,}: over {max_tokens:,} tokens with images"
+    for note, count in totals.noted.most_common():
+        yield f"  taken {count:,}: {note}"
     if totals.unsupervised:
         yield f"  nothing is supervised in {totals.unsupervised:,} usable rows"
     if not kept:

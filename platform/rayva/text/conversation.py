@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -112,6 +113,12 @@ def _prepend_images(messages: list[Message], n_images: int) -> list[Message]:
             content = _images_first(n_images, message.text)
             return [*messages[:index], replace(message, content=content), *messages[index + 1 :]]
     raise BadConversation("no_human_turn", "the row has images but no human turn to show them in")
+
+
+def sample_rng(seed: int, epoch: int, index: int) -> random.Random:
+    """Random choices of a sample's visit: the same whoever makes them, and in whatever order."""
+    key = f"{seed}/{epoch}/{index}".encode()
+    return random.Random(hashlib.blake2b(key, digest_size=8).digest())
 
 
 def place_image(messages: Sequence[Message], position: ImagePosition, rng: random.Random) -> list[Message]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from rayva.data.schema import Turn
 from rayva.errors import DataError
 from rayva.model.batch import Row, expand_images
-from rayva.text.conversation import BadConversation, messages_from_turns, place_image
+from rayva.text.conversation import BadConversation, messages_from_turns, place_image, sample_rng
 from rayva.text.encode import IGNORE_INDEX, IMAGE_TOKEN_INDEX, encode_sample
 from rayva.text.templates import Template
 
@@ -196,14 +194,11 @@ class SampleSource:
         image_ids = tuple(row["image_ids"])
         turns = [Turn(turn["role"], turn["text"]) for turn in row["turns"]]
         messages = messages_from_turns(turns, len(image_ids))
-        messages = place_image(messages, self._text.image_position, self._rng(epoch, index))
+        rng = sample_rng(self._text.seed, epoch, index)
+        messages = place_image(messages, self._text.image_position, rng)
         encoded = encode_sample(messages, self._text.template, self._tokenizer)
         ids, labels = expand_images(encoded.input_ids, encoded.labels, self._features.num_tokens)
         return row["sample_id"], image_ids, ids, labels
-
-    def _rng(self, epoch: int, index: int) -> random.Random:
-        key = f"{self._text.seed}/{epoch}/{index}".encode()
-        return random.Random(hashlib.blake2b(key, digest_size=8).digest())
 
 
 def _rows_with_known_images(samples: pa.Table, image_ids: pa.Array) -> npt.NDArray[np.int64]:
