@@ -109,7 +109,7 @@ class JobLock:
     def _refresh(self) -> None:
         while not self._stop.wait(REFRESH_SECONDS):
             # The job's own next write reports it, where it can be handled; a later refresh may succeed.
-            with contextlib.suppress(StorageError):
+            with contextlib.suppress(StorageError, OSError):
                 self._write(self._owner)
 
     @contextlib.contextmanager

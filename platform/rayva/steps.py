@@ -139,7 +139,7 @@ class AttemptClock:
     def _keep(self) -> None:
         while not self._stop.wait(self._every):
             # The step's own next write reports it, where it can be handled; a later one may succeed.
-            with contextlib.suppress(StorageError):
+            with contextlib.suppress(StorageError, OSError):
                 self._write()
 
     def __enter__(self) -> AttemptClock:

@@ -63,6 +63,31 @@ def test_a_dry_run_tells_and_writes_nothing(tmp_path: Path) -> None:
     assert not root.exists()
 
 
+def test_settings_may_stand_before_and_after_options(tmp_path: Path) -> None:
+    root = str(tmp_path / "run")
+    mixed = [
+        "--recipe",
+        "tiny",
+        "data.train_scenes=100",
+        "--storage",
+        root,
+        "data.test_scenes=20",
+        "--dry-run",
+    ]
+    last = [
+        "--recipe",
+        "tiny",
+        "--storage",
+        root,
+        "--dry-run",
+        "data.train_scenes=100",
+        "data.test_scenes=20",
+    ]
+    told = [script("pipelines/full.py", *arguments) for arguments in (mixed, last)]
+    assert [done.returncode for done in told] == [0, 0], told[0].stderr
+    assert told[0].stdout == told[1].stdout
+
+
 def test_a_single_steps_script_runs_only_what_it_needs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -142,6 +142,13 @@ def test_a_wrong_value_names_the_key_and_what_it_wants(override: str, key: str, 
     )
 
 
+@pytest.mark.parametrize("key", ["name", "tracking.model_name"])
+@pytest.mark.parametrize("name", ["a/b", "a:b"])
+def test_a_name_that_the_registry_refuses_is_told_before_a_run(key: str, name: str) -> None:
+    with pytest.raises(RecipeError, match=key):
+        resolve("tiny", None, [f"{key}={name}"])
+
+
 def test_all_faults_are_told_at_once() -> None:
     message = fault("finetune.lr=abc", "pretrain.epochs=0")
     assert "finetune.lr" in message

@@ -52,7 +52,7 @@ def main(
         Exit code: 0 done, 2 an error to mend, 130 interrupted.
     """
     arguments = sys.argv[1:] if argv is None else list(argv)
-    options = _parser(only, steps).parse_args(arguments)
+    options = _parser(only, steps).parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     signal.signal(signal.SIGTERM, _interrupt)
     try:

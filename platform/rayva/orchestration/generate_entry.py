@@ -45,7 +45,7 @@ exit codes: 0 done, 2 an error to mend, 3 unfinished (budget, failures, a batch 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     arguments = sys.argv[1:] if argv is None else list(argv)
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     stopped = "Stopped. Answers are kept; the same command goes on."
     try:

@@ -46,7 +46,7 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs pipelines/train_local.py. Exit code: 0 done, 2 an error to mend."""
-    options = _parser().parse_args(argv)
+    options = _parser().parse_intermixed_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     rank = int(os.environ.get("RANK", "0"))
     try:

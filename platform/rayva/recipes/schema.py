@@ -22,6 +22,9 @@ StageName = Literal["pretrain", "finetune"]
 STAGES: tuple[StageName, ...] = ("pretrain", "finetune")
 """The two training stages, in their order (section 4.2)."""
 
+_REGISTRY_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
+"""MLflow refuses "/" and ":", but only when the model is registered, at the end of the job."""
+
 
 class Config(BaseModel):
     """Base of all sections: frozen, no unknown keys, no silent coercion of wrong types."""
@@ -340,7 +343,7 @@ class Tracking(Config):
     uri: str | None = None
     """Tracking server; None keeps a SQLite store under the storage root."""
     experiment: str = "rayva"
-    model_name: str | None = None
+    model_name: str | None = Field(default=None, pattern=_REGISTRY_NAME)
     """Name in the model registry; None takes `rayva-<recipe>`."""
 
 
@@ -404,7 +407,7 @@ class Serving(Config):
 class Recipe(Config):
     """A whole run, resolved."""
 
-    name: str
+    name: str = Field(pattern=_REGISTRY_NAME)
     vision: Vision = Vision()
     language: Language = Language()
     weights: Weights = Weights()
