@@ -161,7 +161,8 @@ class FeatureStore:
         else:
             rel = f"{self._rel}/{SHARDS}/{shard}"
             with self._storage.reaching(rel):
-                data = self._storage.fs.cat_file(self._storage.path(rel), offset, offset + self._bytes)
+                path = self._storage.path(rel)
+                data = self._storage.fs.cat_file(path, start=offset, end=offset + self._bytes)
             if len(data) != self._bytes:
                 raise self._damaged(shard, "it is cut short")
             values = np.frombuffer(data, np.float16)
