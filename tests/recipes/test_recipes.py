@@ -129,6 +129,7 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
         ("finetune.batch_size=true", "finetune.batch_size", "a whole number"),
         ("finetune.offload=1", "finetune.offload", "true or false"),
         ("finetune.betas=0.9", "finetune.betas", "a list"),
+        ("finetune.betas=[0.9, 1.0]", "finetune.betas.1", "a number < 1"),
         ("finetune.lr=-1", "finetune.lr", "a number > 0"),
         ("vision.kind=blip", "vision.kind", "'clip'"),
         ("finetune=3", "finetune", "a section"),
@@ -296,6 +297,15 @@ def test_a_mix_that_contradicts_other_settings_is_refused_before_a_run(override:
 )
 def test_limits_of_length_are_checked(override: str, told: str) -> None:
     assert told in fault(override)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["pretrain.embedding_lr=1e-4"], ["finetune.embedding_lr=1e-4", "finetune.lora.r=8"]],
+)
+def test_a_rate_for_what_is_not_trained_is_refused(overrides: list[str]) -> None:
+    with pytest.raises(RecipeError, match=r"embedding_lr has no effect"):
+        require_runnable(resolve("tiny", None, overrides))
 
 
 def test_offload_needs_sharding() -> None:

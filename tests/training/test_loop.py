@@ -136,6 +136,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     assert any("checkpoint-00000006 is passed over" in message for message in caplog.messages)
 
 
+def test_a_stage_without_a_sound_checkpoint_begins_anew_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _interrupt(tmp_path, 4)
+    checkpoints = list(tmp_path.glob("checkpoint-*"))
+    for checkpoint in checkpoints:
+        (checkpoint / "engine" / "mp_rank_00_model_states.pt").unlink()
+    assert len(_train(tmp_path)[0].metrics) == 4
+    assert f"none of the {len(checkpoints)} checkpoints is sound: the stage begins anew" in caplog.messages
+
+
 def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
     _interrupt(tmp_path, 4)
     assert read_progress(tmp_path / "checkpoint-00000003").step == 3

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from rayva import remote
 from rayva.errors import RecipeError
-from rayva.recipes.schema import STAGES, Data, Dataset, Recipe
+from rayva.recipes.schema import STAGES, Data, Dataset, Recipe, Stage
 from rayva.redaction import holds_secret, redact
 
 
@@ -164,12 +164,7 @@ def require_runnable(recipe: Recipe) -> None:
             "add " + " ".join(f"{key}=..." for key in missing) + " (or use data.source=scenes)",
         )
     for stage in STAGES:
-        if getattr(recipe, stage).offload and getattr(recipe, stage).zero == 0:
-            raise RecipeError(
-                f"{stage}.offload needs the optimizer state to be sharded, but {stage}.zero is 0.",
-                f"add {stage}.zero=1 or more",
-            )
-
+        _check_stage(stage, getattr(recipe, stage))
     if recipe.tracking.uri and holds_secret(recipe.tracking.uri):
         # The recipe is logged and stored with every run.
         raise RecipeError(
@@ -310,3 +305,17 @@ def _explain(fault: Any) -> str:
     else:
         expected = _EXPECTED.get(fault["type"], fault["msg"])
     return f"{key}: expected {expected}, got {_kind(given)}: {given!r}."
+
+
+def _check_stage(name: str, stage: Stage) -> None:
+    if stage.offload and stage.zero == 0:
+        raise RecipeError(
+            f"{name}.offload needs the optimizer state to be sharded, but {name}.zero is 0.",
+            f"add {name}.zero=1 or more",
+        )
+    if stage.embedding_lr is not None and (stage.train == "projector" or stage.lora.r):
+        why = f"{name}.train is projector" if stage.train == "projector" else f"{name}.lora is on"
+        raise RecipeError(
+            f"{name}.embedding_lr has no effect: the embeddings are not trained, since {why}.",
+            f"leave {name}.embedding_lr out",
+        )

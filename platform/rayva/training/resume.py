@@ -172,6 +172,7 @@ def restore(engine: Engine, hooks: Hooks, fresh: Progress) -> Progress:
 
     Every rank verifies the copy that it is going to load; one that any rank rejects is passed over.
     """
+    damaged = 0
     for checkpoint in hooks.checkpoints():
         with checkpoint.open() as folder:
             progress, problem = None, ""
@@ -181,8 +182,9 @@ def restore(engine: Engine, hooks: Hooks, fresh: Progress) -> Progress:
                 problem = str(error)
             rejected = engine.reduce_sum([float(progress is None)])[0] > 0
             if progress is None or rejected:
+                damaged += 1
                 logger.warning(
-                    "checkpoint %s is passed over, the one before is taken: %s",
+                    "checkpoint %s is passed over: %s",
                     checkpoint.name,
                     problem or "another worker's copy is damaged",
                 )
@@ -191,6 +193,8 @@ def restore(engine: Engine, hooks: Hooks, fresh: Progress) -> Progress:
             engine.load(folder, progress.world_size)
             logger.info("going on from checkpoint %s, step %d", checkpoint.name, progress.step)
             return progress
+    if damaged:
+        logger.warning("none of the %d checkpoints is sound: the stage begins anew", damaged)
     return fresh
 
 
