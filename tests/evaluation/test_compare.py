@@ -170,3 +170,23 @@ def test_mistakes_are_told(tmp_path: Path, arguments: list[str], message: str) -
     done = rayva("compare", *(tmp_path / a if a in ("a", "nothing") else a for a in arguments))
     assert done.returncode == 2
     assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "told"),
+    [
+        ("vqa/rows.jsonl", '"parts"', '"party"', "rows.jsonl, row 1: there is no `parts`"),
+        ("vqa/rows.jsonl", "[[1.0, 1.0]]", "[[1.0]]", "rows.jsonl, row 1: `parts` are no pairs of numbers"),
+        ("vqa/rows.jsonl", "}\n", "}\n7\n", "rows.jsonl, row 2: expected an object"),
+        ("vqa/scores.json", "{", "[{", "scores.json"),
+        (EVALUATION, '"tasks"', '"task"', "evaluation.json, `tasks`: expected an object"),
+        (EVALUATION, '"tasks"', "", "evaluation.json"),
+    ],
+)
+def test_a_damaged_evaluation_is_told(tmp_path: Path, file: str, old: str, new: str, told: str) -> None:
+    path = evaluation(tmp_path / "a", 30) / file
+    path.write_text(path.read_text().replace(old, new, 1))
+    done = rayva("compare", tmp_path / "a")
+    assert done.returncode == 2, done.stderr
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr

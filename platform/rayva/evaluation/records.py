@@ -27,6 +27,8 @@ from rayva.storage import Storage
 
 EVALUATION = "evaluation.json"
 _SUMMARY = "summary.json"
+_REMEDY = "it is damaged: run pipelines/evaluate.py again, with an --out of its own"
+_FIELDS = ("question", "answer", "reference", "picture", "note")
 _CONDITIONS = {
     "right_image": "accuracy",
     "shuffled_images": "accuracy_shuffled_images",
@@ -67,12 +69,16 @@ def read_run(reference: str, name: str | None = None) -> RunRecord:
 def _evaluation(storage: Storage, name: str) -> RunRecord:
     about = as_object(storage.read_json(EVALUATION), storage.uri(EVALUATION))
     tasks = {}
-    for task in about.get("tasks", []):
+    for task in as_object(about.get("tasks"), f"{storage.uri(EVALUATION)}, `tasks`"):
         if not storage.exists(f"{task}/scores.json"):
             continue
         path = storage.uri(f"{task}/rows.jsonl")
-        rows = {str(row["question_id"]): as_object(row, path) for row in _rows(storage, f"{task}/rows.jsonl")}
-        tasks[task] = TaskRecord(storage.read_json(f"{task}/scores.json"), rows)
+        rows = [
+            _checked(row, f"{path}, row {number}")
+            for number, row in enumerate(_rows(storage, f"{task}/rows.jsonl"), 1)
+        ]
+        scores = as_object(storage.read_json(f"{task}/scores.json"), storage.uri(f"{task}/scores.json"))
+        tasks[task] = TaskRecord(scores, {str(row["question_id"]): row for row in rows})
     if not tasks:
         raise DataError(
             f"the evaluation in {storage.root} is not finished", "run pipelines/evaluate.py again"
@@ -84,6 +90,23 @@ def _rows(storage: Storage, rel: str) -> list[Any]:
     if not storage.read_bytes(rel).strip():
         return []  # nothing could be asked
     return read_rows(storage.uri(rel), rel)
+
+
+def _checked(value: Any, where: str) -> dict[str, Any]:
+    """A row as `write_result` writes it; else `DataError`."""
+    row = as_object(value, where)
+    missing = [name for name in ("question_id", "parts", *_FIELDS) if name not in row]
+    if missing:
+        raise DataError(f"{where}: there is no `{missing[0]}`", _REMEDY)
+    parts = as_object(row["parts"], f"{where}, `parts`")
+    pairs = [pair for listed in parts.values() for pair in (listed if isinstance(listed, list) else [None])]
+    if not all(isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair)) for pair in pairs):
+        raise DataError(f"{where}: `parts` are no pairs of numbers", _REMEDY)
+    return row
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _gate_step(storage: Storage, name: str) -> RunRecord:
