@@ -30,7 +30,7 @@ from rayva.recipes.schema import Stage
 from rayva.storage import Storage
 from rayva.text.templates import get_template
 from rayva.training.dataset import FeatureReader, SampleSource, StoredFeatures, TextSettings
-from rayva.training.engine import init_distributed
+from rayva.training.engine import init_distributed, leave_distributed
 from rayva.training.inline import InlineFeatures
 from rayva.training.loop import TrainJob, train
 from rayva.training.plan import TrainingPlan
@@ -194,6 +194,7 @@ def train_timed(
     init_distributed(torch.device("cpu"))
     hooks = TimedHooks()
     result = train(make_job(setting, stage, source, name), hooks)
+    leave_distributed()
     return figures_of(hooks, warm_up) | {"precision": result.precision}
 
 
