@@ -15,7 +15,7 @@ from rayva.text.encode import IMAGE_TOKEN_INDEX
 from rayva.text.templates import get_template
 from rayva.training.dataset import SampleSource, TextSettings
 from rayva.training.plan import TrainingPlan
-from rayva.training.prefetch import Share, prefetch, prepare_step
+from rayva.training.prefetch import Ahead, Share, prefetch, prepare_step
 from tests.training.support import (
     TOKENS_PER_IMAGE,
     VISION_HIDDEN,
@@ -133,6 +133,14 @@ def test_prefetched_steps_come_in_order_and_errors_at_their_step() -> None:
         prefetch(0, plan, source, Share(0, 1, 4), VISION_HIDDEN) as steps,
     ):
         next(steps)
+
+
+def test_reading_ahead_keeps_within_its_memory_from_the_first_step_on() -> None:
+    ahead = Ahead(steps=3, mebibytes=2)
+    assert [ahead.room(pending, None) for pending in (0, 1)] == [True, False]
+    assert [ahead.room(pending, 2**20) for pending in (0, 1, 2)] == [True, True, False]
+    assert [ahead.room(pending, 2**30) for pending in (0, 1)] == [True, False]
+    assert [ahead.room(pending, 0) for pending in (0, 1, 2, 3)] == [True, True, True, False]
 
 
 @pytest.mark.parametrize("encodes", [False, True])

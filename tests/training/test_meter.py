@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,7 @@ from rayva.model.freeze import apply_freeze_policy
 from rayva.text.special import IMAGE_TOKEN_INDEX
 from rayva.training.flops import ModelFlops, peak_of
 from rayva.training.loop import train
+from tests.elastic.support import PATIENCE_SECONDS, start_ranks
 from tests.training.support import FolderHooks, tiny_job
 
 
@@ -50,6 +52,20 @@ def test_what_a_step_tells(process_group: None, tmp_path: Path) -> None:
         assert metrics["memory_bytes"] > 2**20
         assert metrics["tflops"] > 0
         assert "mfu" not in metrics  # nobody knows a CPU's peak
+
+
+@pytest.mark.slow
+def test_the_slow_rank_is_named_though_all_wait_for_it(tmp_path: Path) -> None:
+    """Rank 1 of two sleeps in its forward passes; ZeRO 3's ranks meet within them, too."""
+    ranks = start_ranks(2, ["[0, 2, 3]", str(tmp_path)], "tests.training.slow_rank")
+    assert [rank.wait(timeout=PATIENCE_SECONDS) for rank in ranks] == [0, 0]
+    told = [json.loads((tmp_path / f"told-{rank}.json").read_text()) for rank in (0, 1)]
+    for of_rank in told:
+        for of_stage in of_rank:
+            assert len(of_stage) == 4
+            # The first step loads code.
+            assert [metrics["slowest_rank"] for metrics in of_stage[1:]] == [1] * 3
+            assert all(metrics["slowest_share"] > 0.8 for metrics in of_stage[1:])
 
 
 @pytest.mark.parametrize(

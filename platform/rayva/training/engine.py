@@ -116,6 +116,15 @@ class Engine:
         module: VisionLanguageModel = self._engine.module
         return module
 
+    def modules_without_others(self) -> list[nn.Module]:
+        """Parts of the model, none inside another, in whose forward passes this rank waits for no other.
+
+        The whole model; under ZeRO 3, whose ranks meet before every module with parameters, these modules.
+        """
+        if self.zero < 3:
+            return [self.model]
+        return [module for module in self.model.modules() if next(module.children(), None) is None]
+
     def loss_sum(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """`VisionLanguageModel.loss_sum` under the engine's hooks."""
         result: tuple[Tensor, Tensor] = self._engine(batch.to(self.device))

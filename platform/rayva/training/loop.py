@@ -79,10 +79,10 @@ def train(job: TrainJob, hooks: Hooks) -> TrainResult:
     counts, metrics = Counter(state.counts), Metrics()
     saver = Saver(engine, hooks, stage, plan.steps_total)
     reading = prefetch(state.step, plan, job.source, share, vision_hidden, job.ahead)
-    with closing(saver), stop_on_sigterm(), reading as steps:
+    with closing(saver), stop_on_sigterm(), meter.watching(engine), reading as steps:
         meter.start()
         for prepared, waited in steps:
-            metrics = _run_step(engine, prepared, job, meter)
+            metrics = _run_step(engine, prepared, job)
             counts.update(prepared.counts)
             metrics |= meter.read(engine, prepared, waited)
             metrics[FAILED] = float(counts[FAILED])
@@ -103,7 +103,7 @@ def _layout(job: TrainJob) -> Layout:
     return "flat" if isolate_samples(job.model.language) else "rows"
 
 
-def _run_step(engine: Engine, prepared: PreparedStep, job: TrainJob, meter: Meter) -> Metrics:
+def _run_step(engine: Engine, prepared: PreparedStep, job: TrainJob) -> Metrics:
     """One optimizer step; its metrics are global and the same on every rank."""
     stage = job.stage
     _seed_generators(stage.seed, prepared.step, engine.rank)
@@ -116,9 +116,7 @@ def _run_step(engine: Engine, prepared: PreparedStep, job: TrainJob, meter: Mete
         loss_sum, _ = engine.loss_sum(batch)
         total += loss_sum.detach()
         engine.backward(loss_sum / denominator)
-    own = total.item()
-    meter.worked()
-    loss = engine.reduce_sum([own])[0] / denominator
+    loss = engine.reduce_sum([total.item()])[0] / denominator
     _require_finite("loss", loss, prepared)
     factor = lr_factor(prepared.step, job.plan.steps_total, stage.warmup_ratio, stage.schedule)
     norm = engine.update(factor)

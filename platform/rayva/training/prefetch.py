@@ -49,9 +49,12 @@ class Ahead:
     steps: int = 2
     mebibytes: int = 4096
 
-    def room(self, pending: int, step_bytes: int) -> bool:
-        """Whether one more step may be read beside `pending` ones; one always may."""
-        fits = (pending + 1) * step_bytes <= self.mebibytes * 2**20
+    def room(self, pending: int, step_bytes: int | None) -> bool:
+        """Whether one more step may be read beside `pending` ones; one always may.
+
+        `step_bytes` is what the largest step has taken so far; None before there was one.
+        """
+        fits = step_bytes is not None and (pending + 1) * step_bytes <= self.mebibytes * 2**20
         return pending < self.steps and (fits or pending == 0)
 
 
@@ -152,13 +155,13 @@ def prefetch(
 
     left = iter(range(first_step, plan.steps_total))
 
-    def ask(step_bytes: int) -> None:
+    def ask(step_bytes: int | None) -> None:
         while ahead.room(len(pending), step_bytes) and (step := next(left, None)) is not None:
             pending.append(executor.submit(prepare_step, step, plan, source, share, vision_hidden))
 
     def steps() -> Iterator[tuple[PreparedStep, float]]:
         step_bytes = 0
-        ask(step_bytes)
+        ask(None)
         while pending:
             started = time.monotonic()
             prepared = pending.popleft().result()
