@@ -11,9 +11,10 @@ import io
 import itertools
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
@@ -219,6 +220,16 @@ class Storage:
         with self.reaching(rel), storage_errors(str(local)):
             self.fs.get(self.path(rel), str(local), recursive=True)
         return local
+
+    @contextmanager
+    def local_copy(self, rel: str) -> Iterator[Path]:
+        """Like `localize`, but what was copied is gone after the `with` block."""
+        local = self.localize(rel)
+        try:
+            yield local
+        finally:
+            if not self.is_local:
+                shutil.rmtree(local.parent, ignore_errors=True)
 
     def upload(self, local: Path, rel: str) -> None:
         """Puts the local file or folder at `rel`; nothing to do where it already lies there."""

@@ -74,6 +74,14 @@ def test_folders_go_in_and_out(storage: Storage, tmp_path: Path) -> None:
     assert storage.localize("in/here/y.bin").read_bytes() == b"y"
 
 
+def test_a_local_copy_is_gone_after_its_use(storage: Storage) -> None:
+    storage.write_bytes("deep/x", b"x")
+    with storage.local_copy("deep") as folder:
+        assert (folder / "x").read_bytes() == b"x"
+    assert folder.exists() == storage.is_local
+    assert storage.read_bytes("deep/x") == b"x"
+
+
 def test_a_local_path_is_used_where_it_is(tmp_path: Path) -> None:
     storage = Storage(str(tmp_path))
     (tmp_path / "x").write_bytes(b"x")

@@ -24,6 +24,7 @@ CASES = [
     for zero, (name, trained) in product([0, 1, 2, 3], TRAINED.items())
     if zero > 1 or name == "all"
 ]
+CASES.append({"name": "bf16", "settings": COMMON | {"train": "all", "precision": "bfloat16"}})
 
 
 @pytest.fixture(scope="module")
@@ -45,5 +46,7 @@ def test_losses_do_not_depend_on_the_number_of_workers(case: dict[str, Any], run
     assert len(expected) == 18
     first, second, third = losses(changed, case["name"])
     assert first == expected[:7], "the same number of workers gives the same bits"
-    assert second == pytest.approx(expected[6:13], rel=1e-5)
-    assert third == pytest.approx(expected[12:], rel=1e-5)
+    # In bf16 another split of the batch rounds otherwise; a lost moment or weight would show in the loss.
+    exact = 1e-2 if case["name"] == "bf16" else 1e-5
+    assert second == pytest.approx(expected[6:13], rel=exact)
+    assert third == pytest.approx(expected[12:], rel=exact)

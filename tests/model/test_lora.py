@@ -93,7 +93,24 @@ def test_named_matrices_alone_are_adapted() -> None:
     assert {name.rpartition(".")[2] for name in adapted} == {"q_proj", "v_proj"}
 
 
-@pytest.mark.parametrize(("targets", "told"), [(("nothing",), "choose among"), (("lm_head",), "LM head")])
+@pytest.mark.parametrize(
+    ("targets", "told"),
+    [
+        (("nothing",), "nothing"), (("q_proj", "v_porj"), "names v_porj:"),
+        (("lm_head", "q_proj"), "lm_head"),
+        (("q_proj", "embed_tokens"), "embed_tokens"), ((), "nothing"), (("proj",), "proj"),
+    ],
+)  # fmt: skip
 def test_targets_that_cannot_be_adapted_are_refused(targets: tuple[str, ...], told: str) -> None:
-    with pytest.raises(RecipeError, match=told):
-        add_adapters(_base(), Lora(r=2, targets=targets))
+    language = _base()
+    with pytest.raises(RecipeError, match=told) as refused:
+        add_adapters(language, Lora(r=2, targets=targets))
+    assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in str(refused.value)
+    assert not any(is_adapter(name) for name, _ in language.named_parameters())
+
+
+def test_names_with_their_layer_are_targets() -> None:
+    language = _base()
+    add_adapters(language, Lora(r=2, targets=("layers.1.mlp.up_proj",)))
+    adapted = {name.split(".lora_")[0] for name in language.state_dict() if ".lora_" in name}
+    assert adapted == {"model.layers.1.mlp.up_proj"}

@@ -70,6 +70,10 @@ def _reference(job: TrainJob) -> tuple[list[float], list[list[str]], dict[str, t
     [
         {"micro_batch_size": 1, "zero": 0}, {"micro_batch_size": 4, "zero": 2},
         {"micro_batch_size": 4, "zero": 0, "packing": False},
+        {"micro_batch_size": 2, "zero": 1, "offload": True},
+        {"micro_batch_size": 2, "zero": 3, "offload": True},
+        {"micro_batch_size": 2, "gradient_checkpointing": True},
+        {"micro_batch_size": 2, "zero": 3, "gradient_checkpointing": True},
     ],
 )  # fmt: skip
 def test_one_worker_equals_a_plain_loop(split: dict[str, Any], process_group: None, tmp_path: Path) -> None:

@@ -174,6 +174,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_samples(tmp_path: Path) -
 def test_metrics_are_those_of_the_plan(tmp_path: Path) -> None:
     hooks, _ = _train(tmp_path, epochs=2.0, lr=1e-2)
     assert [m["lr"] for m in hooks.metrics][:2] == [0.0, 1e-2]
+    assert not {"projector_lr", "embedding_lr"} & hooks.metrics[0].keys()
     assert hooks.metrics[-1]["epoch"] == 2.0
     for metrics in hooks.metrics:
         assert 0 <= metrics["padding_share"] < 1

@@ -94,10 +94,11 @@ def test_deal_gives_every_sample_to_one_rank_in_equal_micro_batch_counts(
 ) -> None:
     plan = TrainingPlan(len(lengths), len(lengths), 1, 0, "digest")
     count = plan.micro_batches(world, micro)
-    dealt = deal(lengths, world, micro, count)
-    assert [len(rank) for rank in dealt] == [count] * world
-    assert all(len(batch) <= micro for rank in dealt for batch in rank)
-    assert sorted(p for rank in dealt for batch in rank for p in batch) == list(range(len(lengths)))
+    for alike in (True, False):
+        dealt = deal(lengths, world, micro, count, alike)
+        assert [len(rank) for rank in dealt] == [count] * world
+        assert all(len(batch) <= micro for rank in dealt for batch in rank)
+        assert sorted(p for rank in dealt for batch in rank for p in batch) == list(range(len(lengths)))
 
 
 def test_deal_balances_tokens_over_ranks() -> None:
@@ -105,6 +106,16 @@ def test_deal_balances_tokens_over_ranks() -> None:
     dealt = deal(lengths, 8, 4, 4)
     tokens = [sum(lengths[p] for batch in rank for p in batch) for rank in dealt]
     assert max(tokens) - min(tokens) <= 0.02 * math.fsum(lengths) / 8
+
+
+def test_without_padding_no_micro_batch_holds_all_the_long_samples() -> None:
+    lengths = np.random.default_rng(0).integers(100, 2000, 128).tolist()
+    largest = {
+        alike: max(sum(lengths[p] for p in batch) for rank in deal(lengths, 8, 4, 4, alike) for batch in rank)
+        for alike in (True, False)
+    }
+    assert largest[True] > 1.5 * math.fsum(lengths) / 32
+    assert largest[False] < 1.1 * math.fsum(lengths) / 32
 
 
 @given(lengths=st.lists(st.integers(1, 300), max_size=60), capacity=st.integers(1, 400))

@@ -25,18 +25,25 @@ _PREFIX = "base_model.model."
 def add_adapters(language: PreTrainedModel, lora: Lora) -> None:
     """Puts adapters beside the matrices that `lora.targets` names; only they are trained afterwards.
 
-    Raises `RecipeError` where no matrix has such a name, and for the LM head, which the loss needs plain.
+    Raises `RecipeError` for a name that no matrix of a layer has; the LM head, which the loss needs plain,
+    and the embeddings are none.
     """
-    try:
-        inject_adapter_in_model(_config(lora), language)
-    except ValueError as error:
-        linear = {n.rpartition(".")[2] for n, m in language.named_modules() if isinstance(m, nn.Linear)}
+    if not isinstance(lora.targets, str):
+        _require_targets(language, lora.targets)
+    inject_adapter_in_model(_config(lora), language)
+
+
+def _require_targets(language: PreTrainedModel, targets: tuple[str, ...]) -> None:
+    """PEFT itself is content with one name that is found, and takes embeddings, which are not merged here."""
+    head = language.get_output_embeddings()
+    linear = [n for n, m in language.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    unknown = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in linear)]
+    if unknown or not targets:
+        known = sorted({name.rpartition(".")[2] for name in linear})
         raise RecipeError(
-            f"LoRA finds none of lora.targets={lora.targets!r} in the language model ({error})",
-            f"choose among {', '.join(sorted(linear))}, or all-linear",
-        ) from error
-    if isinstance(language.get_output_embeddings(), BaseTunerLayer):
-        raise RecipeError("lora.targets names the LM head, which is not adapted", "leave it out")
+            f"lora.targets names {', '.join(unknown) or 'nothing'}: no matrix of the language model's layers",
+            f"choose among {', '.join(known)}, or all-linear",
+        )
 
 
 def adapter_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ class ForwardClock:
         """Seconds since the last call. The device must have done what it was given."""
         passes, self._passes = self._passes, []
         if self._cuda:
-            return sum(start.elapsed_time(stop) for start, stop in passes) / 1000
+            return float(sum(start.elapsed_time(stop) for start, stop in passes)) / 1000
         return float(sum(stop - start for start, stop in passes))
 
     def _start(self, *_: Any) -> None:
@@ -50,6 +50,6 @@ class ForwardClock:
     def _now(self) -> Any:
         if not self._cuda:
             return time.monotonic()
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event

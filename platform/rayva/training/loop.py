@@ -121,9 +121,10 @@ def _run_step(engine: Engine, prepared: PreparedStep, job: TrainJob) -> Metrics:
     factor = lr_factor(prepared.step, job.plan.steps_total, stage.warmup_ratio, stage.schedule)
     norm = engine.update(factor)
     _require_finite("gradient's norm", norm, prepared)
+    rates = {"lr": stage.lr, "projector_lr": stage.projector_lr, "embedding_lr": stage.embedding_lr}
     return {
         "loss": loss,
-        "lr": stage.lr * factor,
+        **{name: rate * factor for name, rate in rates.items() if rate is not None},
         "grad_norm": norm,
         "supervised_tokens": float(prepared.supervised),
         "epoch": (prepared.step + 1) / job.plan.steps_per_epoch,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -234,25 +234,37 @@ class TrainingPlan:
         return np.cumsum([part.samples for part in self.parts], dtype=np.int64)
 
 
-def deal(lengths: Sequence[int], world_size: int, micro: int, micro_batches: int) -> list[list[list[int]]]:
+def deal(
+    lengths: Sequence[int], world_size: int, micro: int, micro_batches: int, alike: bool = True
+) -> list[list[list[int]]]:
     """Deals a step's samples: result[rank][micro-batch] holds positions in `lengths`.
 
-    Every rank gets `micro_batches` of at most `micro` samples each; some are empty when samples are
-    few. Ranks are balanced by tokens (longest first, to the rank with the fewest so far), and each
-    micro-batch holds samples of like length, so that little is padding. A pure function of its arguments.
+    Every rank gets `micro_batches` of at most `micro` samples each; some are empty when samples are few.
+    Ranks are balanced by tokens. A pure function of its arguments.
+
+    Args:
+        alike: each micro-batch holds samples of like length, so that little is padding. Without,
+            micro-batches are balanced by tokens too: where nothing is padded, the largest decides the memory.
     """
     capacity = micro * micro_batches
     if len(lengths) > world_size * capacity:
         raise ValueError(f"{len(lengths)} samples do not fit {world_size} ranks of {capacity}")
-    order = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
-    ranks: list[list[int]] = [[] for _ in range(world_size)]
-    tokens = [0] * world_size
-    for position in order:
-        open_ranks = (rank for rank in range(world_size) if len(ranks[rank]) < capacity)
-        rank = min(open_ranks, key=lambda r: (tokens[r], len(ranks[r]), r))
-        ranks[rank].append(position)
-        tokens[rank] += lengths[position]
+    ranks = _spread(range(len(lengths)), lengths, world_size, capacity)
+    if not alike:
+        return [_spread(own, lengths, micro_batches, micro) for own in ranks]
     return [[own[start * micro : (start + 1) * micro] for start in range(micro_batches)] for own in ranks]
+
+
+def _spread(positions: Iterable[int], lengths: Sequence[int], groups: int, capacity: int) -> list[list[int]]:
+    """Longest first, each to the group that has room and the fewest tokens so far."""
+    spread: list[list[int]] = [[] for _ in range(groups)]
+    tokens = [0] * groups
+    for position in sorted(positions, key=lambda position: (-lengths[position], position)):
+        with_room = (group for group in range(groups) if len(spread[group]) < capacity)
+        group = min(with_room, key=lambda g: (tokens[g], len(spread[g]), g))
+        spread[group].append(position)
+        tokens[group] += lengths[position]
+    return spread
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -82,7 +82,8 @@ def prepare_step(
     encoded = [source.example(index, epoch, counts) for index in indices]
     examples = [example for example in encoded if example is not None]
     lengths = [len(example.input_ids) for example in examples]
-    dealt = deal(lengths, share.world_size, share.micro, plan.micro_batches(share.world_size, share.micro))
+    micro_batches = plan.micro_batches(share.world_size, share.micro)
+    dealt = deal(lengths, share.world_size, share.micro, micro_batches, alike=share.layout != "flat")
     packed = [[_rows(batch, lengths, source.max_tokens, share.layout) for batch in rank] for rank in dealt]
     padded = sum(_cells(rows, lengths) for rank in packed for rows in rank)
     own = [[[examples[i] for i in row] for row in rows] for rows in packed[share.rank]]

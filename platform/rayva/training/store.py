@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,10 +44,9 @@ class StoredCheckpoint:
         """Where it is, for messages."""
         return self.storage.uri(self.rel)
 
-    @contextmanager
-    def open(self) -> Iterator[Path]:
-        """A local copy; itself where the storage is local."""
-        yield self.storage.localize(self.rel)
+    def open(self) -> AbstractContextManager[Path]:
+        """A local copy, gone afterwards: it is as large as the training's state. Itself on local storage."""
+        return self.storage.local_copy(self.rel)
 
     def progress(self) -> Progress | None:
         """Where it stands; None where it is not finished: a rank's manifest or the position is missing."""
@@ -56,7 +54,8 @@ class StoredCheckpoint:
         if PROGRESS not in names:
             return None
         try:
-            progress = read_progress(self.storage.localize(f"{self.rel}/{PROGRESS}").parent)
+            with self.storage.local_copy(f"{self.rel}/{PROGRESS}") as file:
+                progress = read_progress(file.parent)
         except DamagedCheckpointError:
             return None
         whole = all(manifest_name(rank) in names for rank in range(progress.world_size))
