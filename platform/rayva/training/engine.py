@@ -94,11 +94,7 @@ class Engine:
         if stage.gradient_checkpointing:
             model.language.gradient_checkpointing_enable({"use_reentrant": False})
         if stage.compile:
-            if device.type == "cuda":
-                compile_layers(model.language)
-            else:
-                # Compiled layer by layer, the test of equal losses fails on a CPU.
-                model.language.base_model.compile(dynamic=True)
+            compile_layers(model.language)
         model.train()
         groups = _parameter_groups(model, stage)
         self._base_lrs = [float(group["lr"]) for group in groups]
