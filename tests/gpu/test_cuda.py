@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from rayva.model.generate import Sampling, generate_ids
 from rayva.model.loss import cross_entropy_sum
 from rayva.model.vlm import VisionLanguageModel
 from rayva.text.special import IMAGE_TOKEN_INDEX
+from rayva.training.clock import ForwardClock
 from rayva.training.flops import peak_flops
 from rayva.training.loop import train
 from tests.training.support import FolderHooks, scenes_job
@@ -90,6 +92,25 @@ def test_the_loss_kernel_on_the_gpu() -> None:
     torch.testing.assert_close(loss.cpu(), expected, rtol=1e-6, atol=0)
     for gradient, reference in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(gradient.cpu(), reference, rtol=1e-3, atol=1e-5)
+
+
+def test_forward_passes_are_timed_on_the_gpu() -> None:
+    """The device's own time: passes that are only enqueued count in full."""
+    layer = torch.nn.Linear(4096, 4096, device="cuda")
+    batch = torch.randn(4096, 4096, device="cuda")
+    with ForwardClock([layer], batch.device) as clock:
+        for _ in range(3):  # the library is loaded, and room is found
+            layer(batch)
+        torch.cuda.synchronize()
+        clock.take()
+        started = time.monotonic()
+        for _ in range(20):
+            layer(batch)
+        torch.cuda.synchronize()
+        passed = time.monotonic() - started
+        own = clock.take()
+    assert 0.5 * passed < own < 1.05 * passed
+    assert clock.take() == 0
 
 
 def _start(folder: Path, settings: dict[str, Any], *dies_after: int) -> subprocess.CompletedProcess[str]:
