@@ -29,14 +29,20 @@ smol: $(STAMP) ## real weights and real images on a laptop, into runs/smol (docs
 	@$(BIN)/python pipelines/fetch_smol.py --to runs/smol-assets
 	@$(BIN)/python pipelines/full.py --recipe smol --storage runs/smol
 
+# Two files of tests at a time; a Ray cluster wants the machine for itself.
+PYTEST := $(BIN)/python -m pytest
+TWICE := -n 2 --dist loadfile
+
 test: $(STAMP) ## the tests
-	$(BIN)/python -m pytest
+	$(PYTEST) $(TWICE) -m "not ray and not thorough"
+	$(PYTEST) -m "ray and not thorough"
 
 test-all: $(STAMP) ## and those that take long or repeat a proof for every setting (ten minutes more)
-	$(BIN)/python -m pytest -m ""
+	$(PYTEST) $(TWICE) -m "not ray"
+	$(PYTEST) -m ray
 
 test-unit: $(STAMP) ## only what is quick and starts no cluster
-	$(BIN)/python -m pytest -m "not slow and not ray"
+	$(PYTEST) $(TWICE) -m "not slow and not ray and not thorough"
 
 lint: $(STAMP) ## ruff, types and layers
 	$(BIN)/ruff check .

@@ -35,8 +35,9 @@ def _run(script: str, folder: Path, *options: str) -> tuple[Any, str]:
     """The figures that a script writes, and the section that it prints."""
     target = folder / "figures.json"
     command = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), *options, "--json", str(target)]
-    # Alone: nothing but what the script itself puts on the path.
-    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    # Alone: nothing but what the script itself puts on the path, and no rank of a group that tests have made.
+    unset = {"PYTHONPATH", "RANK", "LOCAL_RANK", "WORLD_SIZE"}
+    env = {key: value for key, value in os.environ.items() if key not in unset} | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     whole = json.loads(target.read_text())
