@@ -79,7 +79,7 @@ def _attend(
             module, query_BATD, key_BKTD, value_BKTD, attention_mask, dropout, scaling, **others
         )
     grouped = query_BATD.shape[1] != key_BKTD.shape[1]
-    if _has_kernel(query_BATD):
+    if _has_kernel(query_BATD, value_BKTD):
         return _varlen(query_BATD, key_BKTD, value_BKTD, cu_seq_lens_q, max_length_q, scaling, grouped), None
     lengths = cu_seq_lens_q.diff().tolist()
     # Split, not sliced: the gradients of slices would each be as large as the row.
@@ -115,7 +115,8 @@ def _by_products(query_BATD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, scali
     )
     mask_ST = _causal_mask(length, shared, query_BATD.dtype)
     scores_KST = torch.baddbmm(mask_ST, scaled_KSD, key_BKTD[0].transpose(1, 2))
-    return (scores_KST.softmax(-1) @ value_BKTD[0]).view_as(query_BATD)
+    mixed_KSD = scores_KST.softmax(-1) @ value_BKTD[0]
+    return mixed_KSD.view(1, heads, length, value_BKTD.shape[-1])  # values may be of another size
 
 
 @functools.lru_cache(maxsize=16)
@@ -123,9 +124,10 @@ def _causal_mask(length: int, shared: int, dtype: torch.dtype) -> Tensor:
     return torch.full((length, length), -torch.inf, dtype=dtype).triu(1).repeat(shared, 1)
 
 
-def _has_kernel(query_BATD: Tensor) -> bool:
+def _has_kernel(query_BATD: Tensor, value_BKTD: Tensor) -> bool:
     return (
         query_BATD.is_cuda
+        and value_BKTD.shape[-1] == query_BATD.shape[-1]
         and query_BATD.dtype in {torch.bfloat16, torch.float16}
         and torch.cuda.get_device_capability(query_BATD.device)[0] >= _FLASH_CAPABILITY
     )

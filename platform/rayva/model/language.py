@@ -40,6 +40,7 @@ def load_language_model(path: str, dtype: torch.dtype, revision: str | None = No
             "Its weight files do not match its config.json: download or save it again.",
         )
     refuse_changed_logits(path, model)
+    _require_plain_head(path, model)
     return model
 
 
@@ -85,7 +86,7 @@ def eos_token_ids(language: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 
 def refuse_changed_logits(path: str, model: PreTrainedModel) -> None:
-    """Raises `WeightsError` for a model that changes its logits after the LM head."""
+    """Raises `WeightsError` for a model whose config says that it changes its logits after the LM head."""
     for key, neutral in _LOGIT_CHANGES.items():
         value = getattr(model.config, key, neutral)
         if value not in (neutral, None):
@@ -94,6 +95,34 @@ def refuse_changed_logits(path: str, model: PreTrainedModel) -> None:
                 "which the loss over supervised positions does not reproduce",
                 "Choose a language model without it, such as one of the Llama family.",
             )
+
+
+def _require_plain_head(path: str, model: PreTrainedModel) -> None:
+    """Raises `WeightsError` for a model whose logits are not its LM head's of its last hidden states.
+
+    What no known setting tells is found by a forward pass over a few tokens.
+    """
+    if not _head_gives_the_logits(model):
+        raise WeightsError(
+            f"The language model {path!r} ({model.config.model_type}) changes its hidden states or logits "
+            "around the LM head, which the loss over supervised positions does not reproduce",
+            "Choose a language model without that, such as one of the Llama family.",
+        )
+
+
+@torch.no_grad()
+def _head_gives_the_logits(model: PreTrainedModel) -> bool:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids_BT = torch.arange(1, 8, device=model.device)[None] % vocabulary
+    # Loaded models evaluate: without dropout, two passes are alike.
+    logits_BTV = model(ids_BT, use_cache=False).logits
+    hidden_BTH = getattr(model.base_model(ids_BT, use_cache=False), "last_hidden_state", None)
+    if hidden_BTH is None:
+        return False
+    own_BTV = model.get_output_embeddings()(hidden_BTH)
+    difference = (own_BTV.float() - logits_BTV.float()).norm()
+    # Rounding alone may differ: some models compute their logits in fp32.
+    return bool(difference <= 0.02 * logits_BTV.float().norm())
 
 
 def _first_line(error: BaseException) -> str:

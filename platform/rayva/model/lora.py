@@ -31,6 +31,12 @@ def add_adapters(language: PreTrainedModel, lora: Lora) -> None:
     if not isinstance(lora.targets, str):
         _require_targets(language, lora.targets)
     inject_adapter_in_model(_config(lora), language)
+    for name, layer in _adapted(language):
+        if not isinstance(layer.get_base_layer(), nn.Linear):
+            raise RecipeError(
+                f"{name} of the language model is no linear layer that LoRA's weights could be merged into",
+                "set lora.r=0, or name linear layers in lora.targets",
+            )
 
 
 def _require_targets(language: PreTrainedModel, targets: tuple[str, ...]) -> None:

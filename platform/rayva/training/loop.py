@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from rayva.errors import TrainingError
-from rayva.model.attention import isolate_samples
 from rayva.model.freeze import apply_freeze_policy
+from rayva.model.isolation import find_layout
 from rayva.model.lora import add_adapters
 from rayva.model.vlm import VisionLanguageModel
 from rayva.recipes.schema import Stage
@@ -24,7 +24,7 @@ from rayva.training.engine import Engine
 from rayva.training.meter import Meter
 from rayva.training.plan import TrainingPlan
 from rayva.training.precision import resolve_precision
-from rayva.training.prefetch import VISITED, Ahead, Layout, PreparedStep, Share, prefetch
+from rayva.training.prefetch import VISITED, Ahead, PreparedStep, Share, prefetch
 from rayva.training.resume import FAILED, Hooks, Metrics, Saver, restore
 from rayva.training.schedule import lr_factor
 from rayva.training.stop import stop_on_sigterm
@@ -65,7 +65,8 @@ def train(job: TrainJob, hooks: Hooks) -> TrainResult:
     stage, plan = job.stage, job.plan
     dtype, why = resolve_precision(stage.precision, job.device)
     logger.info("precision %s: %s", dtype, why)
-    share = Share(dist.get_rank(), dist.get_world_size(), stage.micro_batch_size, _layout(job))
+    layout = find_layout(job.model, stage.packing)
+    share = Share(dist.get_rank(), dist.get_world_size(), stage.micro_batch_size, layout)
     torch.manual_seed(stage.seed)
     if stage.lora.r:
         add_adapters(job.model.language, stage.lora)
@@ -95,12 +96,6 @@ def train(job: TrainJob, hooks: Hooks) -> TrainResult:
             counts = Counter(saver.after_step(progress, metrics).counts)
         counts.update({FAILED: saver.settle()})
     return TrainResult(engine, dict(counts), metrics, f"{dtype}".removeprefix("torch.") + f" ({why})")
-
-
-def _layout(job: TrainJob) -> Layout:
-    if not job.stage.packing:
-        return "padded"
-    return "flat" if isolate_samples(job.model.language) else "rows"
 
 
 def _run_step(engine: Engine, prepared: PreparedStep, job: TrainJob) -> Metrics:

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 from rayva.model.batch import Batch, Row, collate, collate_flat, collate_packed
+from rayva.model.isolation import Layout
 from rayva.text.special import IMAGE_TOKEN_INDEX
 from rayva.training.dataset import Example, SampleSource, leave_cores_to_training
 from rayva.training.plan import TrainingPlan, deal, pack
@@ -20,10 +20,6 @@ _ROW_SAMPLES = 2
 
 VISITED = "visited/"
 """In counters and metrics: visits of each dataset of a mix, by its name."""
-
-Layout = Literal["flat", "rows", "padded"]
-"""How a micro-batch's samples lie: one behind the other in one row without padding; packed into rows, with
-a block mask; or a row for each."""
 
 
 @dataclass(frozen=True, slots=True)
