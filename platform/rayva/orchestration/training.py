@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from transformers.utils.logging import disable_progress_bar
 
 from rayva.errors import RayvaError
+from rayva.lock import LockLost
 from rayva.orchestration.pipeline import StepContext, StepResult
 from rayva.orchestration.train_callbacks import Mailbox, RayHooks
 from rayva.progress import Progress, say
@@ -151,8 +152,8 @@ def _fit_and_tell(trainer: TorchTrainer, mailbox: Any, ctx: StepContext) -> None
     try:
         while not ended.wait(_POLL_SECONDS):
             listener.listen()
-    except (KeyboardInterrupt, SystemExit):
-        if listener.heard:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if listener.heard and not isinstance(stop, LockLost):
             # What was done since the last checkpoint would else be done again.
             say(f"  {ctx.folder.name}: saving what has been done; Ctrl-C again stops at once")
             ray.get(mailbox.stop.remote())
