@@ -17,12 +17,14 @@ from typing import Any
 
 import pytest
 
+from rayva.orchestration.pipeline import run_job
 from rayva.recipes import resolve
 from rayva.steps import StepFolder, step_digest
 from rayva.storage import Storage
 from rayva.tracking.address import TrackingError
 from rayva.tracking.mlflow_tracker import JobTracker
 from rayva.tracking.outbox import SPOOL
+from tests.core.job import STEPS, nothing
 
 pytestmark = pytest.mark.slow
 _START_SECONDS = 180
@@ -179,6 +181,32 @@ def test_a_job_that_starts_and_ends_without_its_server_is_sent_by_the_next_one(
     assert version.tags["rayva.model"] == f"{storage.root}/model"
     assert version.run_id == found["tiny"].info.run_id
     assert [f.path for f in api.list_artifacts(version.run_id, "model")] == ["model/rayva-model.json"]
+
+
+def test_a_finished_job_started_again_sends_what_was_kept(
+    server: MlflowServer, storage: Storage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.kill()
+    recipe = resolve("tiny", None, [f"tracking.uri={server.uri}", "tracking.experiment=kept"])
+
+    def start() -> None:
+        run_job(recipe, storage, steps=STEPS, start=nothing, tell=lambda line: None)
+
+    start()
+    assert storage.list(SPOOL) != []
+    start()  # in vain
+    assert "wait in" in capsys.readouterr().err
+    assert storage.list(SPOOL) != []
+    server.start()
+    start()
+    assert storage.list(SPOOL) == []
+    found = runs(client(server.uri), "kept")
+    assert set(found) == {"tiny", "data", "train", "evaluate"}
+    assert {run.info.status for run in found.values()} == {"FINISHED"}
+    assert found["data"].data.metrics == {"images": 3.0}
+    capsys.readouterr()
+    start()
+    assert capsys.readouterr().err == "", "nothing is left to send"
 
 
 def test_a_resumed_job_goes_on_in_the_same_runs_and_a_forgotten_step_gets_a_new_one(

@@ -6,7 +6,7 @@ import contextlib
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from rayva.errors import RayvaError
 from rayva.lock import JobLock
@@ -19,9 +19,7 @@ from rayva.recipes.schema import StageName
 from rayva.redaction import redact
 from rayva.steps import AttemptClock, StepFolder, step_digest
 from rayva.storage import Storage
-
-if TYPE_CHECKING:
-    from rayva.tracking.mlflow_tracker import JobTracker
+from rayva.tracking.mlflow_tracker import JobTracker, send_kept
 
 
 @dataclass
@@ -269,8 +267,6 @@ def forget(plan: Sequence[Planned], names: Iterable[str]) -> list[str]:
 
 
 def _default_tracker(recipe: Recipe, storage: Storage) -> JobTracker:
-    from rayva.tracking.mlflow_tracker import JobTracker
-
     return JobTracker(recipe, storage)
 
 
@@ -321,6 +317,8 @@ def run_job(
             plan = make_plan(recipe, storage, steps)
         else:
             tell(f"All {len(wanted)} steps are finished; there is nothing to do.")
+            send_kept(recipe, storage)
+            send_kept(recipe, storage)
         made = {planned.step.name: (planned.folder, planned.manifest) for planned in plan}
         summary = build_summary(recipe, storage, made, executed)
         write_summary(storage, summary)
