@@ -1,24 +1,13 @@
-"""Released files that the figures are recomputed from; tests are skipped where they are absent."""
+"""The command line on released files that the figures are recomputed from."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
-import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-SHARED = ROOT.parent / "shared"
-SCIENCEQA = SHARED / "scienceqa"
-WILD = SHARED / "llava_bench_in_the_wild"
-LLAVA_DATA = SHARED / "llava_data"
-
-
-def needs(folder: Path) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(not folder.exists(), reason=f"needs the released files in {folder}")
+from tests.reference import ROOT
 
 
 def rayva(*arguments: object) -> subprocess.CompletedProcess[str]:
