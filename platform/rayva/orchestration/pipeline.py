@@ -362,6 +362,8 @@ def _run_step(recipe: Recipe, storage: Storage, planned: Planned, tracker: JobTr
         AttemptClock(folder) as clock,
         tracker.step(planned.step.name, folder, planned.inputs),
     ):
+        for name, digest, uri in _outside_inputs(recipe, planned):
+            tracker.input(name, digest, uri, context=planned.step.name)
         context = StepContext(recipe, storage, folder, planned.inputs, tracker)
         result: StepResult = load(planned.step.run)(context)
         tracker.metrics(result.metrics)
@@ -371,6 +373,26 @@ def _run_step(recipe: Recipe, storage: Storage, planned: Planned, tracker: JobTr
     about = described(recipe, planned, tracker.info() if last else None)
     folder.finish(result.outputs, result.metrics, clock.seconds, about)
     return clock.seconds
+
+
+def _outside_inputs(recipe: Recipe, planned: Planned) -> Iterator[tuple[str, str, str]]:
+    """Files and folders outside the storage that a step reads: the setting's name, their digest, where."""
+    for key, digest in planned.settings.items():
+        setting = key.removeprefix("input ")
+        if setting != key and isinstance(uri := _setting(to_dict(recipe), setting), str):
+            yield setting, digest, uri
+
+
+def _setting(settings: Any, key: str) -> Any:
+    """What stands under `key` (section.name, or section.name.0.name in a list); None where nothing does."""
+    for part in key.split("."):
+        if isinstance(settings, Mapping):
+            settings = settings.get(part)
+        elif isinstance(settings, Sequence) and part.isdigit():
+            settings = settings[int(part)]
+        else:
+            return None
+    return settings
 
 
 def described(recipe: Recipe, planned: Planned, mlflow: Any = None) -> dict[str, Any]:

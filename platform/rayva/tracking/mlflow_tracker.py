@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 60.0
 _START_SECONDS = 120.0
+DATASET = "data"
+"""The step whose result is the job's dataset."""
 
 
 class Queue(Protocol):
@@ -156,6 +158,12 @@ class JobTracker:
         run.tags({**_tags(self._recipe), "rayva.step": name, "rayva.digest": folder.digest})
         for needed, source in inputs.items():
             run.input(needed, source.digest, self._storage.uri(source.rel), context=name)
+        # One dataset, by name and digest, of the run that made it, of those that read it, and of the job:
+        # so MLflow's table groups runs by their data.
+        if name == DATASET:
+            run.input(DATASET, folder.digest, self._storage.uri(folder.rel), context="output")
+        for made in (source for needed, source in {**inputs, name: folder}.items() if needed == DATASET):
+            self.job.input(DATASET, made.digest, self._storage.uri(made.rel))
         self._run = run
         try:
             yield run
