@@ -149,6 +149,15 @@ class Storage:
                 return []
             return sorted(PurePosixPath(name.rstrip("/")).name for name in self.fs.ls(path, detail=False))
 
+    def files(self, rel: str = "") -> dict[str, int]:
+        """Bytes of each file under the folder `rel`, however deep, by its path relative to it; sorted."""
+        root = self.path(rel)
+        with self.reaching(rel):
+            found = self.fs.find(root, detail=True)
+        return {
+            path.removeprefix(root).lstrip("/"): int(info["size"]) for path, info in sorted(found.items())
+        }
+
     def makedirs(self, rel: str = "") -> None:
         with self._writing(rel):
             self.fs.makedirs(self.path(rel), exist_ok=True)
