@@ -318,6 +318,8 @@ def test_offload_needs_sharding() -> None:
     [
         "http://me:hunter2@mlflow.local:5000",
         "https://hunter2@mlflow.local",
+        "http://me:hunter2/hunter2@mlflow.local:5000",
+        "postgresql://me:hunter2/x@db/mlflow",
         "https://mlflow.local/?api_key=hunter2",
         "postgresql://me:hunter2@db/mlflow",
         "postgresql+psycopg2://me@db/mlflow?password=hunter2",
