@@ -24,7 +24,7 @@ def main() -> int:
     )
     parser.add_argument("--storage", default=str(REPOSITORY / "runs" / "demo"), help="default: runs/demo")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings to change")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     code = entry.main(argv=["--recipe", "tiny", "--storage", options.storage, *options.overrides])
     return code or guarded(lambda: _ask(Storage(options.storage)), _AGAIN)
 
