@@ -173,6 +173,33 @@ def test_the_summary_tells_the_visits_of_a_mix(storage: Storage) -> None:
     assert told in summary_text(summary, storage)
 
 
+def test_the_summary_tells_what_was_not_used_or_changed(storage: Storage) -> None:
+    recipe = resolve("tiny")
+    assert build_summary(recipe, storage, {}, set())["samples"] == {}
+    made = {
+        "data": {"quarantined": {"missing_image": 3, "bad_json": 1}, "images": 9},
+        "features": {"quarantined": {}},
+        "finetune": {"samples": 90, "distinct_samples": 30, "left_out": {"image_quarantined": 2},
+                     "changed": {"truncated": 1200, "dropped_unknown_role": 3}},
+    }  # fmt: skip
+    steps = {}
+    for name, outputs in made.items():
+        folder = StepFolder(storage, name, "0" * 64)
+        folder.finish(outputs, {}, 1.0, {"mlflow": None, "code": {"commit": "abc"}})
+        steps[name] = (folder, folder.manifest())
+    summary = build_summary(recipe, storage, steps, set())
+    assert summary["samples"] == {
+        "data": {"quarantined": {"missing_image": 3, "bad_json": 1}},
+        "features": {"quarantined": {}},
+        "finetune": made["finetune"],
+    }
+    text = summary_text(summary, storage)
+    assert "data: 4 quarantined (3 missing_image, 1 bad_json)" in text
+    assert "finetune: 2 left out (2 image_quarantined)" in text
+    assert "finetune: 1,203 changed, over all epochs (1,200 truncated, 3 dropped_unknown_role)" in text
+    assert "features:" not in text
+
+
 def test_served_answers_stay_as_long_as_the_export_is_the_same(storage: Storage) -> None:
     export = Step("export", "exports", ("train",), pick(), "tests.core.job:evaluate")
     steps = (*job.STEPS, export)

@@ -17,6 +17,15 @@ SUMMARY = "summary.json"
 _GROUNDING = ("accuracy", "accuracy_shuffled_images", "accuracy_no_image", "questions")
 
 
+_COUNTED = {
+    "data": ("quarantined",),
+    "features": ("quarantined",),
+    "pretrain": ("samples", "distinct_samples", "left_out", "changed"),
+    "finetune": ("samples", "distinct_samples", "left_out", "changed"),
+}
+"""Outputs by step that count rows and samples."""
+
+
 def build_summary(
     recipe: Recipe,
     storage: Storage,
@@ -30,7 +39,9 @@ def build_summary(
         executed: steps that ran in this start of the job; the others are marked as skipped.
 
     `datasets` has a mix's counts: samples by stage and dataset under `data`, and `samples` and `visited`
-    by dataset under each stage.
+    by dataset under each stage. `samples` tells of rows that were not used, or not as they are: under `data`
+    and `features` what is quarantined, under each stage what is left out before it starts and what is changed
+    on the way (truncated, dropped), all by reason; a sample that is changed in each epoch counts each time.
     """
     done = {name: (folder, manifest) for name, (folder, manifest) in steps.items() if manifest}
     outputs = {name: manifest["outputs"] for name, (_, manifest) in done.items() if manifest}
@@ -54,6 +65,11 @@ def build_summary(
             name: outputs[name]["datasets"]
             for name in ("data", "pretrain", "finetune")
             if "datasets" in outputs.get(name, {})
+        },
+        "samples": {
+            name: {key: outputs[name][key] for key in keys if key in outputs[name]}
+            for name, keys in _COUNTED.items()
+            if name in outputs
         },
         "grounding": {key: evaluation["grounding"].get(key) for key in _GROUNDING} if evaluation else None,
         "gate": {"passed": evaluation["passed"], "why": evaluation["why"]} if evaluation else None,
@@ -101,6 +117,7 @@ def summary_text(summary: Mapping[str, Any], storage: Storage) -> str:
     for name, stage in summary["stages"].items():
         lines.append(f"  {name:<10} {duration(stage['seconds']):>12}  {stage['folder']}")
     lines += _mix(summary)
+    lines += _not_as_they_are(summary)
     lines += _figures(summary)
     lines += _next(summary, storage)
     return "\n".join(lines)
@@ -131,6 +148,18 @@ def _mix(summary: Mapping[str, Any]) -> list[str]:
         for name, counts in summary.get("datasets", {}).get(stage, {}).items():
             seen = f"{counts['samples']:,} samples visited {counts['visited']:,} times"
             lines.append(f"  {stage}, dataset {name}: {seen}")
+    return ["", *lines] if lines else []
+
+
+def _not_as_they_are(summary: Mapping[str, Any]) -> list[str]:
+    """Rows and samples that were not used, or not whole; nothing where all were."""
+    words = {"quarantined": "quarantined", "left_out": "left out", "changed": "changed, over all epochs"}
+    lines = []
+    for step, counts in summary.get("samples", {}).items():
+        for key, what in words.items():
+            if reasons := counts.get(key):
+                told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
+                lines.append(f"  {step}: {sum(reasons.values()):,} {what} ({told})")
     return ["", *lines] if lines else []
 
 
