@@ -280,6 +280,17 @@ def test_the_error_behind_a_failed_worker_comes_out() -> None:
     assert user_error(WorkerGroupError({0: ValueError("a defect")}), "/root") is None
 
 
+def test_a_remote_storages_failure_in_ray_itself_comes_out() -> None:
+    client = pytest.importorskip("botocore.exceptions")
+    behind = client.EndpointConnectionError(endpoint_url="http://minio:9000")
+    found = user_error(WorkerGroupError({0: behind}), "s3://bucket/run")
+    assert isinstance(found, StorageError)
+    assert found.what.startswith("s3://bucket/run cannot be used: Could not connect")
+    assert "minio:9000" in found.what
+    assert user_error(WorkerGroupError({0: behind}), "/root") is None, "not about a local storage"
+    assert user_error(WorkerGroupError({0: OSError("a defect")}), "s3://bucket/run") is None
+
+
 def test_a_defect_keeps_its_traceback(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(ctx: Any) -> None:
         raise ZeroDivisionError
