@@ -13,6 +13,7 @@ from rayva.orchestration import entry
 from rayva.orchestration.console import guarded
 from rayva.provenance import REPOSITORY
 from rayva.recipes import from_dict
+from rayva.steps import read_summary
 from rayva.storage import Storage
 
 _AGAIN = "Stopped. Finished steps are kept; the same command goes on."
@@ -30,7 +31,7 @@ def main() -> int:
 
 
 def _ask(storage: Storage) -> int:
-    served = storage.read_json("summary.json")["served"]
+    served = read_summary(storage)["served"]
     if served is None:
         from rayva.orchestration.demo import ask_served_model
 

@@ -94,6 +94,10 @@ class Storage:
     """
 
     def __init__(self, root: str) -> None:
+        if not root:
+            raise StorageError(
+                "The storage's name is empty.", "give a folder or URI (is a variable of the shell not set?)"
+            )
         try:
             # Other processes write here too: a cached listing would be wrong.
             self.fs, path = fsspec.core.url_to_fs(root, use_listings_cache=False)

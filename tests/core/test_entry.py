@@ -108,6 +108,24 @@ def test_so_they_may_with_rayva(capsys: pytest.CaptureFixture[str]) -> None:
     assert (told["data"]["seed"], told["data"]["test_scenes"]) == (3, 20)
 
 
+@pytest.mark.parametrize("content", ["[]", '{"stages": 3}', "{}", "not JSON"])
+def test_another_programs_summary_is_told(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "other"
+    root.mkdir()
+    (root / "summary.json").write_text(content)
+    out = str(tmp_path / "out")
+    for use in (
+        lambda: cli.main(["export", str(root), out]),
+        lambda: cli.main(["chat", str(root)]),
+        lambda: cli.main(["compare", str(root)]),
+        lambda: exam_entry.main(["--model", str(root), "--tasks", "grounding", "--out", out]),
+    ):
+        assert use() == 2
+        assert f"error: {root}/summary.json is " in capsys.readouterr().err
+
+
 def test_the_registry_is_where_an_evaluation_is_tracked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

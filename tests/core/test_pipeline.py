@@ -212,6 +212,13 @@ def test_served_answers_stay_as_long_as_the_export_is_the_same(storage: Storage)
     assert run(storage, "finetune.lr=3e-3", steps=steps)["served"] is None
 
 
+def test_another_programs_summary_does_not_stop_a_job(storage: Storage) -> None:
+    storage.write_bytes("summary.json", b"[]")
+    export = Step("export", "exports", ("train",), pick(), "tests.core.job:evaluate")
+    assert run(storage, steps=(*job.STEPS, export))["served"] is None
+    assert storage.read_json("summary.json")["recipe"] == "tiny"
+
+
 def test_the_tracker_gets_metrics_and_artifacts(storage: Storage) -> None:
     tracker = job.Tracker()
     run(storage, until="data", open_tracker=lambda *_: tracker)

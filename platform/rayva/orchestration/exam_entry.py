@@ -15,6 +15,7 @@ from rayva.evaluation.chat import ChatModel, endpoint
 from rayva.evaluation.judge import Judge
 from rayva.evaluation.tasks.registry import TASKS, make_tasks
 from rayva.orchestration.console import guarded
+from rayva.steps import SUMMARY, read_summary
 from rayva.storage import Storage
 
 _OWN = ("--model", "--endpoint", "--tasks", "--out")
@@ -209,18 +210,18 @@ def _split(tasks: Sequence[str], settings: Sequence[str]) -> tuple[list[str], li
 
 def _own_questions(model: str | None) -> list[str]:
     """A run's model is asked the run's own held-out questions, where no others are named."""
-    if model is None or model.startswith("models:") or not Storage(model).exists("summary.json"):
+    if model is None or model.startswith("models:") or not Storage(model).exists(SUMMARY):
         return []
     return [f"grounding.run={model}"]
 
 
 def _find(options: argparse.Namespace) -> str:
-    from rayva.serving.source import SUMMARY, find_model
+    from rayva.serving.source import find_model
 
     storage = Storage(options.model) if not options.model.startswith("models:") else None
     if storage is not None and storage.exists(SUMMARY) and not storage.exists("rayva.json"):
         # A run's own model, whether or not it has been registered.
-        assistant = storage.read_json(SUMMARY).get("assistant")
+        assistant = read_summary(storage).get("assistant")
         if assistant:
             return str(assistant)
     tracked = options.tracking_uri if options.tracking_uri != "none" else None

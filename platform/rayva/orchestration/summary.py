@@ -6,13 +6,12 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from rayva.errors import StorageError
 from rayva.progress import duration
 from rayva.recipes import Recipe
 from rayva.recipes.schema import STAGES
-from rayva.steps import StepFolder
+from rayva.steps import SUMMARY, StepFolder, read_summary
 from rayva.storage import Storage
-
-SUMMARY = "summary.json"
 
 _GROUNDING = ("accuracy", "accuracy_shuffled_images", "accuracy_no_image", "questions")
 
@@ -94,9 +93,12 @@ def _kept_answers(storage: Storage, export_digest: str | None) -> dict[str, Any]
     """Answers that the endpoint gave stand as long as the exported model is the same."""
     if export_digest is None or not storage.exists(SUMMARY):
         return None
-    before = storage.read_json(SUMMARY)
+    try:
+        before = read_summary(storage)
+    except StorageError:
+        return None  # whatever it is: the job writes its own now
     same = before["stages"].get("export", {}).get("digest") == export_digest
-    return before["served"] if same else None
+    return before.get("served") if same else None
 
 
 def write_summary(storage: Storage, summary: Mapping[str, Any]) -> None:
@@ -105,7 +107,7 @@ def write_summary(storage: Storage, summary: Mapping[str, Any]) -> None:
 
 def record_served(storage: Storage, picture: str, answers: list[dict[str, str]]) -> None:
     """Adds to the summary what the endpoint answered about `picture`."""
-    summary = storage.read_json(SUMMARY)
+    summary = read_summary(storage)
     summary["served"] = {"picture": picture, "answers": answers}
     write_summary(storage, summary)
 
