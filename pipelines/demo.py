@@ -13,6 +13,7 @@ from rayva.orchestration import entry
 from rayva.orchestration.console import guarded
 from rayva.provenance import REPOSITORY
 from rayva.recipes import from_dict
+from rayva.steps import read_summary
 from rayva.storage import Storage
 
 _AGAIN = "Stopped. Finished steps are kept; the same command goes on."
@@ -24,13 +25,13 @@ def main() -> int:
     )
     parser.add_argument("--storage", default=str(REPOSITORY / "runs" / "demo"), help="default: runs/demo")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings to change")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     code = entry.main(argv=["--recipe", "tiny", "--storage", options.storage, *options.overrides])
     return code or guarded(lambda: _ask(Storage(options.storage)), _AGAIN)
 
 
 def _ask(storage: Storage) -> int:
-    served = storage.read_json("summary.json")["served"]
+    served = read_summary(storage)["served"]
     if served is None:
         from rayva.orchestration.demo import ask_served_model
 

@@ -18,7 +18,7 @@ from rayva.storage import Storage
 
 
 def main() -> int:
-    options = _parser().parse_args()
+    options = _parser().parse_intermixed_args()
     return guarded(lambda: _serve(options), "The endpoint is down.")
 
 

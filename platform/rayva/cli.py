@@ -26,8 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     module = importlib.import_module(COMMANDS[name][0])
     parser = argparse.ArgumentParser(prog=f"rayva {name}", description=module.__doc__)
     module.add_arguments(parser)
+    # Settings may stand before and after options; argparse cannot have that beside subcommands.
+    parse = parser.parse_args if getattr(module, "SUBCOMMANDS", False) else parser.parse_intermixed_args
     try:
-        return int(module.run(parser.parse_args(arguments[1:])))
+        return int(module.run(parse(arguments[1:])))
     except RayvaError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR

@@ -6,7 +6,11 @@ import re
 from urllib.parse import urlsplit
 
 MASK = "***"
-_USERINFO = re.compile(r"(?<=://)[^/\s]*@")
+# A password may hold "/" and "@", where it should hold %2F and %40: from "user:" on, all to the last "@" is
+# taken for it. Only a number that "/" follows is a port, and an "@" after it a part of the path.
+_USERINFO = re.compile(
+    r"(?<=://) (?: [^/\s:@]* : (?! \d+ (?: [/?\#\s] | $)) (?: (?!://) \S)* | [^/\s]* ) @", re.VERBOSE
+)
 _SECRET_QUERY = re.compile(r"([?&][^=&\s]*(?:token|key|secret|passw|pwd|sig)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
 
 

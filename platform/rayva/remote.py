@@ -18,6 +18,8 @@ _CLIENTS = {
     "paramiko", "urllib3",
 }  # fmt: skip
 _ABOUT_A_FILE = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+_NO_ENDPOINT = "Invalid endpoint"
+"""How botocore's `ValueError` about an AWS_ENDPOINT_URL that is no URL begins."""
 _RIGHTS = ("Auth", "Credential", "Profile", "Token")
 """Parts of the names of exceptions about who asks: NoCredentialsError, DefaultCredentialsError, ..."""
 
@@ -26,6 +28,8 @@ def is_failure(error: Exception) -> bool:
     """Whether `error` says that a remote place cannot be used, and not that there is no such file."""
     if isinstance(error, OSError):
         return not isinstance(error, _ABOUT_A_FILE)
+    if type(error) is ValueError and str(error).startswith(_NO_ENDPOINT):
+        return True
     return any(kind.__module__.partition(".")[0] in _CLIENTS for kind in type(error).__mro__)
 
 

@@ -26,6 +26,24 @@ MANIFEST = "manifest.json"
 ATTEMPTS = "attempts.json"
 
 
+SUMMARY = "summary.json"
+"""At the storage root: what a job has made."""
+
+
+def read_summary(storage: Storage) -> dict[str, Any]:
+    """The summary of the run in `storage`, which has one.
+
+    Raises:
+        StorageError: the file is damaged, or another program's.
+    """
+    found = storage.read_json(SUMMARY)
+    if not isinstance(found, dict) or not isinstance(found.get("stages"), dict):
+        raise StorageError(
+            f"{storage.uri(SUMMARY)} is not the summary of a run.", "give the --storage of pipelines/full.py"
+        )
+    return found
+
+
 def step_digest(name: str, slice: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
     """sha256 (hex) of everything that decides a step's result.
 

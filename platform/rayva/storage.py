@@ -95,6 +95,10 @@ class Storage:
     """
 
     def __init__(self, root: str) -> None:
+        if not root:
+            raise StorageError(
+                "The storage's name is empty.", "give a folder or URI (is a variable of the shell not set?)"
+            )
         try:
             # Other processes write here too: a cached listing would be wrong.
             self.fs, path = fsspec.core.url_to_fs(root, use_listings_cache=False)
@@ -149,6 +153,15 @@ class Storage:
             if not self.fs.isdir(path):
                 return []
             return sorted(PurePosixPath(name.rstrip("/")).name for name in self.fs.ls(path, detail=False))
+
+    def files(self, rel: str = "") -> dict[str, int]:
+        """Bytes of each file under the folder `rel`, however deep, by its path relative to it; sorted."""
+        root = self.path(rel)
+        with self.reaching(rel):
+            found = self.fs.find(root, detail=True)
+        return {
+            path.removeprefix(root).lstrip("/"): int(info["size"]) for path, info in sorted(found.items())
+        }
 
     def makedirs(self, rel: str = "") -> None:
         with self._writing(rel):

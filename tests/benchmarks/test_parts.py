@@ -140,6 +140,7 @@ def test_the_search_stops_when_its_time_is_over(part: Any) -> None:
     assert search.best is search.trials[0]
 
 
+@pytest.mark.slow
 def test_the_gpu_step_imports_torch_and_transformers_alone() -> None:
     """Everything else that Rayva depends on is made impossible to import."""
     absent = ["pyarrow", "pydantic", "ray", "deepspeed", "fsspec", "mlflow", "PIL"]

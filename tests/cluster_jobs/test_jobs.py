@@ -292,3 +292,21 @@ def test_images_that_a_node_cannot_see_are_told(cluster: Cluster, checkout: Path
     assert done.returncode != 0
     assert f"cannot see data.finetune_images = {images}, which is on the disk of the node" in said
     assert "Traceback (most recent call last)" not in said
+
+
+def test_rows_without_images_may_lie_where_only_the_script_sees_them(
+    cluster: Cluster, checkout: Path, tmp_path: Path
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("hiding a folder from a node needs root")
+    rows = cluster.home / "unshared" / "text.json"
+    turns = [{"from": "human", "value": "Say yes."}, {"from": "gpt", "value": "Yes."}]
+    rows.write_text(json.dumps([{"id": str(n), "conversations": turns} for n in range(9)]))
+    done = cluster.submit(
+        "--working-dir", ".", "--", "python", "pipelines/full.py", "--storage", str(tmp_path / "run"),
+        "--until", "data", "data.source=llava", f"data.pretrain_json={rows}", f"data.finetune_json={rows}",
+        *(setting for setting in SMALL_TINY if setting.startswith("weights.")), cwd=checkout,
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "data: done" in said

@@ -31,6 +31,9 @@ class Tracker:
     def metrics(self, values: dict[str, float]) -> None:
         self.log.append(("metrics", values))
 
+    def input(self, name: str, digest: str, uri: str, context: str) -> None:
+        self.log.append(("input", (name, digest, uri, context)))
+
     def artifact(self, path: str) -> None:
         self.log.append(("artifact", path))
 

@@ -12,7 +12,7 @@ import yaml
 
 from rayva import cli
 from rayva.commands import COMMANDS
-from rayva.orchestration import entry
+from rayva.orchestration import entry, exam_entry
 from rayva.orchestration.pipeline import STEPS
 from rayva.recipes import resolve, to_dict
 from tests.core import job
@@ -86,6 +86,59 @@ def test_settings_may_stand_before_and_after_options(tmp_path: Path) -> None:
     told = [script("pipelines/full.py", *arguments) for arguments in (mixed, last)]
     assert [done.returncode for done in told] == [0, 0], told[0].stderr
     assert told[0].stdout == told[1].stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["pipelines/serve.py", "serving.port=8001", "--model", "nowhere", "serving.prot=1"],
+        ["pipelines/demo.py", "data.seed=1", "--storage", "nowhere", "serving.prot=1"],
+    ],
+)
+def test_so_they_may_with_other_scripts(command: list[str], tmp_path: Path) -> None:
+    done = script(str(ROOT / command[0]), *command[1:], cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "serving.port" in done.stderr, "the nearest key: all settings were read as such"
+
+
+def test_so_they_may_with_rayva(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["recipe", "tiny", "data.seed=3", "--json", "data.test_scenes=20"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["data"]["seed"], told["data"]["test_scenes"]) == (3, 20)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"stages": 3}', "{}", "not JSON"])
+def test_another_programs_summary_is_told(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "other"
+    root.mkdir()
+    (root / "summary.json").write_text(content)
+    out = str(tmp_path / "out")
+    for use in (
+        lambda: cli.main(["export", str(root), out]),
+        lambda: cli.main(["chat", str(root)]),
+        lambda: cli.main(["compare", str(root)]),
+        lambda: exam_entry.main(["--model", str(root), "--tasks", "grounding", "--out", out]),
+    ):
+        assert use() == 2
+        assert f"error: {root}/summary.json is " in capsys.readouterr().err
+
+
+def test_the_registry_is_where_an_evaluation_is_tracked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    rows = tmp_path / "rows.json"
+    rows.write_text("[]")
+    asked = ["--model", "models:/m@candidate", "--tasks", "vqa", "--out", str(tmp_path / "out")]
+    asked.append(f"vqa.data={rows}")
+    assert exam_entry.main(asked) == 2
+    assert "give its address with --tracking-uri" in capsys.readouterr().err
+    for given in (["--tracking-uri", "htp://b"], ["--tracking-uri", "none", "--registry-uri", "htp://b"]):
+        assert exam_entry.main([*asked, *given]) == 2
+        assert "htp://b" in capsys.readouterr().err
 
 
 def test_a_single_steps_script_runs_only_what_it_needs(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rayva.lock import LOCK, JobLock
 from rayva.storage import Storage
 
 pytestmark = pytest.mark.slow
@@ -64,6 +65,33 @@ def test_a_killed_job_goes_on_without_repeating_finished_work(tmp_path: Path) ->
         [*JOB, "--storage", str(tmp_path)], env=FAST, capture_output=True, text=True, check=True
     )
     assert "All 3 steps are finished; there is nothing to do." in again.stdout
+
+
+HASTY = """
+import runpy, sys
+from rayva import lock
+lock.REFRESH_SECONDS = 0.05
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_job_that_another_has_taken_over_stops_with_the_reason(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HASTY, "tests/core/job.py", "--storage", str(tmp_path)]
+    process = subprocess.Popen(command, env=SLOW, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("steps/train-*/count.json")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    storage = Storage(str(tmp_path))
+    other = {"host": "elsewhere", "pid": 7, "process_start": "1", "since": 0.0, "what": "recipe smol"}
+    with JobLock(storage)._exclusive():  # not between the job's look and its write
+        storage.write_json(LOCK, {**other, "refreshed": time.time()})
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors.startswith(f"error: This job has lost its hold on {tmp_path}")
+    assert "process 7 on elsewhere (recipe smol)" in errors
+    assert "Traceback" not in errors
+    assert storage.read_json(LOCK)["pid"] == 7
 
 
 def test_a_running_job_keeps_a_second_one_out(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import pytest
 
 from rayva import lock
 from rayva.errors import StorageError
-from rayva.lock import LOCK, JobLock
+from rayva.lock import LOCK, JobLock, LockLost
+from rayva.steps import AttemptClock, StepFolder
 from rayva.storage import Storage
 
 HOLD = """
@@ -99,6 +101,62 @@ def test_another_machines_lock_holds_while_it_is_refreshed(
     else:
         with pytest.raises(StorageError, match="on elsewhere"), JobLock(storage):
             pass
+
+
+def test_ctrl_c_under_a_lock_is_ctrl_c(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    with pytest.raises(KeyboardInterrupt) as caught, JobLock(storage):  # noqa: PT012
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(500)
+    assert not isinstance(caught.value, LockLost)
+    assert not storage.exists(LOCK)
+
+
+def test_refreshes_that_fail_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "REFRESH_SECONDS", 0.01)
+    storage = Storage(str(tmp_path))
+    folder = StepFolder(storage, "data", "0" * 64)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with JobLock(storage) as held, AttemptClock(folder, every=0.01) as clock:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+        try:
+            # No file can be opened now: an OSError that is no `StorageError`.
+            with pytest.raises(OSError, match="Too many open files"):
+                storage.read_bytes(LOCK)
+            time.sleep(0.2)  # some refreshes fail
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for thread in (held._thread, clock._thread):
+            assert thread.is_alive()
+        refreshed = storage.read_json(LOCK)["refreshed"]
+        seconds = folder.attempts()[0]
+        while storage.read_json(LOCK)["refreshed"] <= refreshed or folder.attempts()[0] <= seconds:
+            time.sleep(0.01)  # the test's own limit ends this
+
+
+@pytest.mark.parametrize("kind", ["taken over", "removed"])
+def test_a_job_that_has_lost_its_lock_stops_and_leaves_it_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    storage = Storage(str(tmp_path))
+    other = {"host": "elsewhere", "pid": 7, "process_start": "1", "since": 0.0, "what": "recipe smol"}
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(lock, "REFRESH_SECONDS", 0.01)
+    held = JobLock(storage)
+    with pytest.raises(StorageError, match="has lost its hold on") as caught, held:  # noqa: PT012
+        with held._exclusive():
+            storage.delete(LOCK)
+            if kind == "taken over":
+                storage.write_json(LOCK, {**other, "refreshed": time.time()})
+        time.sleep(500)  # as a step that is at work: it is interrupted
+    assert isinstance(caught.value.__cause__, LockLost)
+    assert signal.getsignal(signal.SIGINT) is before
+    if kind == "taken over":
+        assert "process 7 on elsewhere (recipe smol)" in str(caught.value)
+        assert storage.read_json(LOCK)["pid"] == 7
+    else:
+        assert "is gone" in str(caught.value)
+        assert not storage.exists(LOCK)
 
 
 RACE = """

@@ -173,6 +173,33 @@ def test_the_summary_tells_the_visits_of_a_mix(storage: Storage) -> None:
     assert told in summary_text(summary, storage)
 
 
+def test_the_summary_tells_what_was_not_used_or_changed(storage: Storage) -> None:
+    recipe = resolve("tiny")
+    assert build_summary(recipe, storage, {}, set())["samples"] == {}
+    made = {
+        "data": {"quarantined": {"missing_image": 3, "bad_json": 1}, "images": 9},
+        "features": {"quarantined": {}},
+        "finetune": {"samples": 90, "distinct_samples": 30, "left_out": {"image_quarantined": 2},
+                     "changed": {"truncated": 1200, "dropped_unknown_role": 3}},
+    }  # fmt: skip
+    steps = {}
+    for name, outputs in made.items():
+        folder = StepFolder(storage, name, "0" * 64)
+        folder.finish(outputs, {}, 1.0, {"mlflow": None, "code": {"commit": "abc"}})
+        steps[name] = (folder, folder.manifest())
+    summary = build_summary(recipe, storage, steps, set())
+    assert summary["samples"] == {
+        "data": {"quarantined": {"missing_image": 3, "bad_json": 1}},
+        "features": {"quarantined": {}},
+        "finetune": made["finetune"],
+    }
+    text = summary_text(summary, storage)
+    assert "data: 4 quarantined (3 missing_image, 1 bad_json)" in text
+    assert "finetune: 2 left out (2 image_quarantined)" in text
+    assert "finetune: 1,203 changed, over all epochs (1,200 truncated, 3 dropped_unknown_role)" in text
+    assert "features:" not in text
+
+
 def test_served_answers_stay_as_long_as_the_export_is_the_same(storage: Storage) -> None:
     export = Step("export", "exports", ("train",), pick(), "tests.core.job:evaluate")
     steps = (*job.STEPS, export)
@@ -183,6 +210,13 @@ def test_served_answers_stay_as_long_as_the_export_is_the_same(storage: Storage)
     assert again["served"] == {"picture": "picture.png", "answers": answers}
     assert run(storage, "evaluation.seed=3", steps=steps)["served"] == again["served"]
     assert run(storage, "finetune.lr=3e-3", steps=steps)["served"] is None
+
+
+def test_another_programs_summary_does_not_stop_a_job(storage: Storage) -> None:
+    storage.write_bytes("summary.json", b"[]")
+    export = Step("export", "exports", ("train",), pick(), "tests.core.job:evaluate")
+    assert run(storage, steps=(*job.STEPS, export))["served"] is None
+    assert storage.read_json("summary.json")["recipe"] == "tiny"
 
 
 def test_the_tracker_gets_metrics_and_artifacts(storage: Storage) -> None:
@@ -251,6 +285,17 @@ def test_the_error_behind_a_failed_worker_comes_out() -> None:
     assert isinstance(full, StorageError)
     assert "/root/x" in str(full)
     assert user_error(WorkerGroupError({0: ValueError("a defect")}), "/root") is None
+
+
+def test_a_remote_storages_failure_in_ray_itself_comes_out() -> None:
+    client = pytest.importorskip("botocore.exceptions")
+    behind = client.EndpointConnectionError(endpoint_url="http://minio:9000")
+    found = user_error(WorkerGroupError({0: behind}), "s3://bucket/run")
+    assert isinstance(found, StorageError)
+    assert found.what.startswith("s3://bucket/run cannot be used: Could not connect")
+    assert "minio:9000" in found.what
+    assert user_error(WorkerGroupError({0: behind}), "/root") is None, "not about a local storage"
+    assert user_error(WorkerGroupError({0: OSError("a defect")}), "s3://bucket/run") is None
 
 
 def test_a_defect_keeps_its_traceback(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,11 +15,14 @@ import pytest
 from rayva import lock
 from rayva.data.caption_rows import read_rows
 from rayva.data.json_rows import read_json_rows
-from rayva.data.locations import is_folder, list_folder, open_input
+from rayva.data.locations import is_folder, is_there, list_folder, open_input
 from rayva.errors import DataError, RayvaError, StorageError
+from rayva.evaluation.tasks.llava_bench import LlavaBench, LlavaBenchSettings, find_image
 from rayva.lock import LOCK, JobLock
 from rayva.orchestration.data import fingerprint
 from rayva.orchestration.entry import main
+from rayva.orchestration.exam import fingerprint as model_fingerprint
+from rayva.orchestration.register import file_digests
 from rayva.recipes.schema import Data, Recipe
 from rayva.steps import AttemptClock, StepFolder
 from rayva.storage import Storage
@@ -29,6 +32,9 @@ ROOT = f"s3://{BUCKET}/run"
 USES: dict[str, Callable[[Storage, Path], Any]] = {
     "exists": lambda storage, _: storage.exists("x"),
     "list": lambda storage, _: storage.list("x"),
+    "files": lambda storage, _: storage.files("x"),
+    "digests of a model": lambda storage, _: file_digests(storage, "x"),
+    "fingerprint of a model": lambda storage, _: model_fingerprint(storage),
     "makedirs": lambda storage, _: storage.makedirs("x"),
     "delete": lambda storage, _: storage.delete("x"),
     "open": lambda storage, _: storage.open("x"),
@@ -43,12 +49,13 @@ INPUTS: dict[str, Callable[[str], Any]] = {
     "open_input": lambda uri: open_input(uri, "data.captions"),
     "list_folder": lambda uri: list_folder(uri, "data.captions"),
     "is_folder": lambda uri: is_folder(uri, "data.captions"),
+    "is_there": lambda uri: is_there(uri, "data.captions"),
     "captions": read_rows,
     "fingerprint": lambda uri: fingerprint(Recipe(name="r", data=Data(source="captions", captions=uri))),
 }
 
 
-@pytest.fixture(params=["no credentials", "nobody answers", "nobody is let in"])
+@pytest.fixture(params=["no credentials", "nobody answers", "nobody is let in", "no URL"])
 def trouble(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
     """A place that cannot be used; yields parts of the reason and of the remedy."""
     if request.param == "no credentials":
@@ -58,6 +65,9 @@ def trouble(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         with DeadPort() as address:
             credentials(monkeypatch, address)
             yield "Could not connect", "AWS_ENDPOINT_URL"
+    elif request.param == "no URL":
+        credentials(monkeypatch, "localhost:9000")
+        yield "Invalid endpoint: localhost:9000", "AWS_ENDPOINT_URL"
     else:
         with closed_door() as address:
             credentials(monkeypatch, address)
@@ -90,6 +100,20 @@ def test_an_input_that_cannot_be_used_is_told(trouble: tuple[str, str]) -> None:
         assert f"data.captions = {uri}" in caught.value.what, name
         assert trouble[0] in caught.value.what, name
         assert trouble[1] in caught.value.remedy, name
+
+
+def test_a_benchmarks_folder_that_cannot_be_used_is_told(trouble: tuple[str, str]) -> None:
+    folder = f"s3://{BUCKET}/bench"
+    task = LlavaBench(LlavaBenchSettings(folder=folder))
+    for setting, use in (
+        ("llava_bench.folder", task.questions),
+        ("llava_bench.images", lambda: find_image(folder, "1.jpg")),
+    ):
+        with pytest.raises(DataError) as caught:
+            use()
+        assert f"{setting} = {folder}/" in caught.value.what
+        assert trouble[0] in caught.value.what
+        assert trouble[1] in caught.value.remedy
 
 
 @pytest.mark.parametrize("option", ["--dry-run", "--until=data"])

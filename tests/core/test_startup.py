@@ -1,5 +1,6 @@
 """Ray on this machine: what the workers run, what the cluster has, and what a worker's failure becomes."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,10 +12,19 @@ from pathlib import Path
 
 import pytest
 
-from rayva.errors import CapacityError, TrainingError
+from rayva.errors import CapacityError, DataError, TrainingError
 from rayva.orchestration.faults import user_error
-from rayva.orchestration.startup import check_capacity, shared_inputs, start_ray, stop_ray
-from rayva.provenance import SOURCE_ROOT
+from rayva.orchestration.startup import (
+    _check_answer,
+    check_capacity,
+    is_read,
+    shared_inputs,
+    start_ray,
+    started_here,
+    stop_ray,
+)
+from rayva.orchestration.training import ray_environment
+from rayva.provenance import SOURCE_ROOT, code_version
 from rayva.recipes import resolve
 from rayva.storage import Storage
 
@@ -139,6 +149,56 @@ def test_what_every_node_reads_is_known_by_its_setting(tmp_path: Path) -> None:
         "data.finetune_mix rows": f"{tmp_path}/beside",
     }
     assert shared_inputs(resolve("tiny")) == {}
+
+
+@pytest.mark.parametrize(
+    ("image", "read"),
+    [(None, False), ("cat.png", True), ("sub/cat.png", True), ("/elsewhere/cat.png", False)],
+)
+def test_the_folder_of_a_file_of_rows_counts_only_if_they_name_images_in_it(
+    tmp_path: Path, image: str | None, read: bool
+) -> None:
+    turns = [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Hello."}]
+    if image:
+        turns[0]["value"] = "<image>\nWhat is this?"
+    row = {"id": "1", "conversations": turns} | ({"image": image} if image else {})
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([row]))
+    for settings in (
+        [f"data.finetune_json={rows}"],
+        [f"data.finetune_mix=[{{path: 'file://{rows}'}}]"],
+    ):
+        recipe = resolve("tiny", None, ["data.source=llava", *settings])
+        [(setting, place)] = shared_inputs(recipe).items()
+        assert place == str(tmp_path)
+        assert is_read(recipe, setting, place) is read
+        answer = {"tree": code_version()["tree"], "stdlib": True, "marker": True, "missing": {setting: place}}
+        if read:
+            with pytest.raises(DataError, match=r"cannot see data\.finetune"):
+                _check_answer("10.0.0.1", {**answer, "root": "", "host": ""}, None, recipe)
+        else:
+            _check_answer("10.0.0.1", {**answer, "root": "", "host": ""}, None, recipe)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_preempted_nodes_are_watched_for_unless_the_cluster_is_our_own(tmp_path: Path) -> None:
+    watcher = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+    assert started_here()
+    assert ray_environment(RECIPE.scaling)[watcher] == "0"
+    # Another process finds the same cluster of one node as somebody else's.
+    import ray
+
+    joins = DRIVER.replace(
+        "time.sleep(600)",
+        f"from rayva.orchestration.training import ray_environment as e; print(e(from_dict(json.loads("
+        f"sys.argv[2])).scaling)[{watcher!r}])",
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", joins, str(tmp_path), RECIPE.model_dump_json()],
+        env={**os.environ, "PYTHONPATH": "platform", "RAY_ADDRESS": ray.get_runtime_context().gcs_address},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout.split() == ["up", "1"], done.stderr
 
 
 def processes_with(text: str) -> list[str]:

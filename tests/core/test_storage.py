@@ -179,3 +179,8 @@ def test_a_damaged_json_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(StorageError, match=r"x\.json is damaged"):
         Storage(str(tmp_path)).read_json("x.json")
+
+
+def test_an_empty_name_is_no_storage() -> None:
+    with pytest.raises(StorageError, match="name is empty"):
+        Storage("")

@@ -2,14 +2,12 @@
 
 import json
 import random
-from pathlib import Path
 
 import pytest
 
 from rayva.data.answer_match import find_part, how_to_grade
 from rayva.evaluation.score import is_right
-
-SHARED = Path(__file__).parents[2].parent / "shared" / "llava_data"
+from tests.reference import LLAVA_DATA, needs
 
 
 @pytest.mark.parametrize(
@@ -65,13 +63,13 @@ def test_words_in_any_order_find_a_part_or_none() -> None:
             assert part is None or find_part(match, part) == part
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason=f"{SHARED} is absent")
+@needs(LLAVA_DATA)
 def test_answers_of_gpt4_in_sentences_are_graded() -> None:
     """Of the released conversations about counts, colours and yes or no, all but one can be graded."""
-    lines = (SHARED / "qa90_questions.jsonl").read_text().splitlines()
+    lines = (LLAVA_DATA / "qa90_questions.jsonl").read_text().splitlines()
     asked = {row["question_id"]: row["text"] for row in map(json.loads, lines)}
     graded: dict[str, list[str]] = {}
-    for row in map(json.loads, (SHARED / "qa90_gpt4_answer.jsonl").read_text().splitlines()):
+    for row in map(json.loads, (LLAVA_DATA / "qa90_gpt4_answer.jsonl").read_text().splitlines()):
         if match := how_to_grade(asked[row["question_id"]], row["text"]):
             graded.setdefault(match, []).append(str(find_part(match, row["text"])))
     assert graded == {

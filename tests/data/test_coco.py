@@ -1,7 +1,6 @@
 """COCO annotations become image records with normalised boxes."""
 
 import json
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -11,8 +10,7 @@ from rayva.data.coco import normalise_box, read_caption_boxes, read_coco
 from rayva.data.quarantine import BadRow
 from rayva.data.schema import Instance
 from rayva.errors import DataError
-
-SHARED = Path(__file__).parents[2].parent / "shared" / "llava_data" / "caps_boxes_coco2014_val_80.jsonl"
+from tests.reference import CAPTIONS_AND_BOXES, needs
 
 
 @pytest.fixture
@@ -109,10 +107,10 @@ def test_caption_box_lines_and_their_faults(tmp_path):
     ]
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/llava_data beside the project")
+@needs(CAPTIONS_AND_BOXES)
 def test_real_captions_and_boxes_of_coco():
     rejects = []
-    records = list(read_caption_boxes(str(SHARED), "memory://images", "test", rejects))
+    records = list(read_caption_boxes(str(CAPTIONS_AND_BOXES), "memory://images", "test", rejects))
     assert len(records) == 80
     assert rejects == []
     assert {len(r.captions) for r in records} == {5, 6}

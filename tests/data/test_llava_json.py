@@ -14,6 +14,7 @@ from rayva.data.schema import IMAGE_PLACEHOLDER, Turn
 from rayva.data.splits import held_out
 from rayva.errors import DataError, RecipeError
 from rayva.recipes.schema import Data
+from tests.reference import TEMPLATES, needs
 
 
 def chat(*texts, image=None, **more):
@@ -120,12 +121,9 @@ def test_repeated_marks_of_a_turn_count_once_if_there_are_too_many():
     assert parse_row(enough).turns[0].text == "<image>\n<image>\nCompare."
 
 
-GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden" / "templates" / "conversations.json"
-
-
-@pytest.mark.skipif(not GOLDEN.exists(), reason="needs ../shared/golden beside the project")
+@needs(TEMPLATES)
 def test_conversations_made_for_the_original_load_or_have_a_reason():
-    rows = json.loads(GOLDEN.read_text())
+    rows = json.loads((TEMPLATES / "conversations.json").read_text())
     refused = Counter()
     for row in rows:
         try:

@@ -107,9 +107,10 @@ def _expected(tmp_path: Path, **settings: Any) -> tuple[list[float], dict[str, b
     [
         ("the storage", {}),
         ("the place for temporary files", {}),
-        ("the place for temporary files", {"zero": 2}),
-        ("the place for temporary files", {"zero": 3}),
-        ("the place for temporary files", {"precision": "bfloat16"}),
+        *(
+            pytest.param("the place for temporary files", settings, marks=pytest.mark.slow)
+            for settings in ({"zero": 2}, {"zero": 3}, {"precision": "bfloat16"})
+        ),
     ],
 )
 def test_training_goes_on_over_a_full_disk(

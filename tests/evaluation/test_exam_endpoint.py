@@ -18,7 +18,8 @@ from rayva.evaluation.reviews import read_reviews, score_reviews
 from rayva.evaluation.tasks.registry import make_tasks
 from tests.evaluation.bench_data import make_llava_bench, make_pope, make_scienceqa, make_vqa
 from tests.evaluation.chat_server import ChatServer, question_of
-from tests.evaluation.released import ROOT, figures
+from tests.evaluation.released import figures
+from tests.reference import ROOT
 
 pytestmark = pytest.mark.slow
 SCRIPT = [sys.executable, str(ROOT / "pipelines" / "evaluate.py")]

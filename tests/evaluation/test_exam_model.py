@@ -25,8 +25,8 @@ from rayva.storage import Storage
 from rayva.text.conversation import Message
 from rayva.vision.decode import decode_image
 from tests.evaluation.bench_data import make_pope, make_scienceqa, make_vqa
-from tests.evaluation.released import ROOT
 from tests.export.tiny_model import make_model_folder
+from tests.reference import ROOT
 
 SCRIPT = [sys.executable, str(ROOT / "pipelines" / "evaluate.py")]
 

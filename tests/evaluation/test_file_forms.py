@@ -11,7 +11,8 @@ import pytest
 from rayva.errors import DataError
 from rayva.evaluation.predictions import read_predictions
 from rayva.evaluation.reviews import FAILED, read_reviews, score_reviews
-from tests.evaluation.released import SCIENCEQA, WILD, figures, needs
+from tests.evaluation.released import figures
+from tests.reference import SCIENCEQA, WILD, needs
 
 TEXTS = {"3": "The answer is A.", "10": "B", "11": "C. bl\u00fc\u2028e", "12": ""}
 

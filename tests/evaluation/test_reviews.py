@@ -10,7 +10,8 @@ import pytest
 
 from rayva.errors import DataError
 from rayva.evaluation.reviews import FAILED, parse_scores, read_reviews, score_reviews
-from tests.evaluation.released import WILD, figures, needs, rayva
+from tests.evaluation.released import figures, rayva
+from tests.reference import WILD, needs
 
 
 def review(number: int, scores: list[float], **fields: Any) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from rayva.evaluation.tasks.scienceqa import (
     score_predictions,
 )
 from rayva.evaluation.tasks.scienceqa_ensemble import complement, judge_prompt, judged
-from tests.evaluation.released import SCIENCEQA, figures, needs, rayva
+from tests.evaluation.released import figures, rayva
+from tests.reference import SCIENCEQA, needs
 
 CHOICES = ["red", "green", "blue"]
 

@@ -14,11 +14,9 @@ from rayva.instruct.contexts import BadContext, Context, Kind
 from rayva.instruct.parse import parse
 from rayva.instruct.prompts import PromptSet
 from rayva.instruct.rules import check
+from tests.reference import CAPTIONS_AND_BOXES, LLAVA_DATA, ROOT, needs
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-ROOT = Path(__file__).resolve().parents[2]
-SHARED = ROOT.parent / "shared" / "llava_data"
-needs_shared = pytest.mark.skipif(not SHARED.exists(), reason=f"{SHARED} is absent")
 DOG = Context("7", "7.jpg", ("A dog.", "One dog runs."), (Instance("dog", (0.1, 0.2, 0.5, 1.0)),))
 
 
@@ -151,19 +149,19 @@ def test_a_missing_prompt_file_is_named(tmp_path: Path, name: str) -> None:
         PromptSet.load(str(tmp_path))
 
 
-@needs_shared
+@needs(LLAVA_DATA)
 def test_the_released_prompts_and_contexts_are_read() -> None:
-    loaded = PromptSet.load(str(SHARED / "prompts"))
+    loaded = PromptSet.load(str(LLAVA_DATA / "prompts"))
     assert [len(_examples(loaded, k)) for k in KINDS] == [2, 3, 3]
-    read = list(contexts.read_contexts(str(SHARED / "caps_boxes_coco2014_val_80.jsonl")))
+    read = list(contexts.read_contexts(str(CAPTIONS_AND_BOXES)))
     assert len(read) == 80
     assert all(isinstance(c, Context) for c in read)
 
 
-@needs_shared
+@needs(LLAVA_DATA)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_released_answers_are_accepted(kind: Kind) -> None:
-    for shown, answer in _examples(PromptSet.load(str(SHARED / "prompts")), kind):
+    for shown, answer in _examples(PromptSet.load(str(LLAVA_DATA / "prompts")), kind):
         captions, _, boxes = shown.partition("\n\n")
         found = tuple(_instance(line) for line in boxes.splitlines())
         context = Context("x", "x.jpg", tuple(captions.splitlines()), found)

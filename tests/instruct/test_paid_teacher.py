@@ -13,11 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.llm.running import Running, teacher
+from tests.reference import CAPTIONS_AND_BOXES, ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
-ROOT = Path(__file__).resolve().parents[2]
-RELEASED = ROOT.parent / "shared" / "llava_data" / "caps_boxes_coco2014_val_80.jsonl"
 SAMPLES = 240
 IN_FLIGHT = 8
 FAULTS = ["retry_after", "server_error", "cut", "not_json", "garbage", "refusal", "slow"] * 3
@@ -28,8 +27,8 @@ CALL_DOLLARS = 150 / 1_000_000
 @pytest.fixture
 def contexts(tmp_path: Path) -> Path:
     """The 80 released contexts; 80 of our own where they are absent."""
-    if RELEASED.exists():
-        return RELEASED
+    if CAPTIONS_AND_BOXES.exists():
+        return CAPTIONS_AND_BOXES
     path = tmp_path / "contexts.jsonl"
     rows = [
         {

@@ -2,7 +2,6 @@
 
 import json
 import random
-from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -14,9 +13,9 @@ from rayva.instruct.contexts import Context, Kind
 from rayva.instruct.parse import Pair, parse
 from rayva.instruct.rules import RULES, Duplicates, check, plural
 from rayva.instruct.symbolic import symbolic_answer
+from tests.reference import CAPTIONS_AND_BOXES, LLAVA_DATA, needs
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-SHARED = Path(__file__).parents[2].parent / "shared" / "llava_data"
 BOX = (0.1, 0.1, 0.5, 0.5)
 PARK = Context(
     "p",
@@ -122,11 +121,11 @@ def test_the_symbolic_teacher_is_accepted_on_scenes(kind: Kind) -> None:
         assert check(kind, pairs, context) is None, raw
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason=f"{SHARED} is absent")
+@needs(LLAVA_DATA)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_symbolic_teacher_is_accepted_on_coco(kind: Kind) -> None:
     seen = Duplicates(across_images=False)
-    for context in contexts.read_contexts(str(SHARED / "caps_boxes_coco2014_val_80.jsonl")):
+    for context in contexts.read_contexts(str(CAPTIONS_AND_BOXES)):
         assert isinstance(context, Context)
         for seed in range(5):
             pairs = parse(kind, symbolic_answer(kind, context, seed), "stop")
@@ -134,11 +133,11 @@ def test_the_symbolic_teacher_is_accepted_on_coco(kind: Kind) -> None:
         assert seen.add(pairs, context.image)
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason=f"{SHARED} is absent")
+@needs(LLAVA_DATA)
 def test_planted_miscounts_are_found_on_coco() -> None:
     """A wrong number is refused unless a caption has it; the right one never is."""
     rng, found, planted = random.Random(0), 0, 0
-    for line in (SHARED / "caps_boxes_coco2014_val_80.jsonl").read_text().splitlines():
+    for line in CAPTIONS_AND_BOXES.read_text().splitlines():
         row = json.loads(line)
         boxes = [i["category"] for i in row["instances"]]
         context = Context(
@@ -154,13 +153,13 @@ def test_planted_miscounts_are_found_on_coco() -> None:
     assert found > 0.8 * planted
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason=f"{SHARED} is absent")
+@needs(LLAVA_DATA)
 def test_released_answers_break_no_rule() -> None:
     """90 answers of GPT-4 with the contexts that they were written from."""
-    rows = [json.loads(line) for line in (SHARED / "qa90_questions.jsonl").read_text().splitlines()]
-    answers = [json.loads(line) for line in (SHARED / "qa90_gpt4_answer.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (LLAVA_DATA / "qa90_questions.jsonl").read_text().splitlines()]
+    answers = [json.loads(line) for line in (LLAVA_DATA / "qa90_gpt4_answer.jsonl").read_text().splitlines()]
     asked = {row["question_id"]: row for row in rows}
-    read = contexts.read_contexts(str(SHARED / "caps_boxes_coco2014_val_80.jsonl"))
+    read = contexts.read_contexts(str(CAPTIONS_AND_BOXES))
     known = {c.image.rpartition("_")[2]: c for c in read if isinstance(c, Context)}
     kinds: dict[str, Kind] = {"conv": "conversation", "detail": "detail", "complex": "reasoning"}
     assert len(answers) == 90

@@ -49,41 +49,40 @@ from tests.interop.checkpoints import (
     write_config,
 )
 from tests.interop.test_mutations import make_lora, make_stage_one
+from tests.reference import NUMERICS, needs
 
-GOLDEN = Path(__file__).resolve().parents[3] / "shared/golden/numerics"
 pytestmark = pytest.mark.slow  # many export a model and load it in transformers
-needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason="the original's outputs are not at ../shared")
 
 
 # --- the original's own outputs ---
 
 
-@needs_golden
+@needs(NUMERICS)
 @pytest.mark.parametrize("way", ["folder", "projector", "projector folder", "projector on a LLaVA"])
 def test_the_originals_logits(way: str, tmp_path: Path) -> None:
     """The command, export, and transformers: logits within 1e-4 of the original code's."""
-    arguments = [str(GOLDEN / "llava_checkpoint")]
+    arguments = [str(NUMERICS / "llava_checkpoint")]
     if way == "projector folder":
         (tmp_path / "stage1").mkdir()
-        shutil.copy(GOLDEN / "mm_projector.bin", tmp_path / "stage1")
+        shutil.copy(NUMERICS / "mm_projector.bin", tmp_path / "stage1")
     if way == "projector on a LLaVA":  # whose config.json names the tower
-        arguments = [str(GOLDEN / "mm_projector.bin"), "--language", str(GOLDEN / "llava_checkpoint")]
+        arguments = [str(NUMERICS / "mm_projector.bin"), "--language", str(NUMERICS / "llava_checkpoint")]
     elif way != "folder":
-        source = GOLDEN / "mm_projector.bin" if way == "projector" else tmp_path / "stage1"
-        base = ["--language", str(golden_base(tmp_path)), "--vision", str(GOLDEN / "tiny_clip")]
+        source = NUMERICS / "mm_projector.bin" if way == "projector" else tmp_path / "stage1"
+        base = ["--language", str(golden_base(tmp_path)), "--vision", str(NUMERICS / "tiny_clip")]
         arguments = [str(source), *base]
     assert main(["import", *arguments[:1], str(tmp_path / "model"), *arguments[1:]]) == 0
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "hf")]) == 0
     model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf", dtype=torch.float32)
-    tensors = load_file(GOLDEN / "tensors.safetensors")
-    for name, case in json.loads((GOLDEN / "cases.json").read_text()).items():
+    tensors = load_file(NUMERICS / "tensors.safetensors")
+    for name, case in json.loads((NUMERICS / "cases.json").read_text()).items():
         for found, expected in golden_rows(model, tensors, name, case["images"]):
             torch.testing.assert_close(found[:, : expected.shape[1]], expected, atol=1e-4, rtol=0)
 
 
 def golden_base(folder: Path) -> Path:
     """The language model of the original's checkpoint, as a folder of its own."""
-    source, base = GOLDEN / "llava_checkpoint", folder / "base"
+    source, base = NUMERICS / "llava_checkpoint", folder / "base"
     base.mkdir()
     for file in source.iterdir():
         if file.name.startswith(("tokenizer", "special")):
@@ -118,9 +117,9 @@ def golden_rows(
     return pairs
 
 
-@needs_golden
+@needs(NUMERICS)
 def test_the_originals_weights_survive_there_and_back(tmp_path: Path) -> None:
-    import_model(GOLDEN / "llava_checkpoint", tmp_path / "first")
+    import_model(NUMERICS / "llava_checkpoint", tmp_path / "first")
     export_llava(tmp_path / "first", tmp_path / "llava")
     import_model(tmp_path / "llava", tmp_path / "second")
     assert same(stored(tmp_path / "first"), stored(tmp_path / "second"))

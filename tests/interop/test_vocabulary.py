@@ -27,8 +27,8 @@ from rayva.text.encode import IMAGE_TOKEN_INDEX, encode_prompt
 from rayva.text.templates import get_template
 from tests.export.test_hf import CONVERSATIONS, public_form
 from tests.export.tiny_model import make_tokenizer
+from tests.reference import TOKENIZER, needs
 
-GOLDEN = Path(__file__).resolve().parents[3] / "shared/golden/tokenizer"
 LANGUAGES: dict[str, tuple[Any, Any, bool]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, False),
     "mistral": (MistralConfig, MistralForCausalLM, False),
@@ -74,7 +74,7 @@ def test_a_padded_vocabulary_stays_as_it_is() -> None:
 
 def sentencepiece(folder: Path, legacy: bool) -> PreTrainedTokenizerBase:
     """The golden SentencePiece vocabulary, as the original's (legacy) or the newer kind of tokenizer."""
-    (folder / "tokenizer.model").write_bytes((GOLDEN / "tokenizer.model").read_bytes())
+    (folder / "tokenizer.model").write_bytes((TOKENIZER / "tokenizer.model").read_bytes())
     settings = {
         "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
         "add_bos_token": True, "add_eos_token": False, "legacy": legacy,
@@ -83,7 +83,7 @@ def sentencepiece(folder: Path, legacy: bool) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder)
 
 
-@pytest.mark.skipif(not GOLDEN.exists(), reason="the original's tokenizer is not at ../shared")
+@needs(TOKENIZER)
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize("name", ["v0", "v1", "llama_2"])
 def test_chat_templates_with_sentencepiece(name: str, legacy: bool, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,18 +16,18 @@ from rayva.model.generate import Sampling, generate_ids
 from rayva.model.projector import build_projector
 from rayva.model.vlm import VisionLanguageModel
 from rayva.text.encode import IGNORE_INDEX
+from tests.reference import NUMERICS, needs
 
-GOLDEN = Path(__file__).resolve().parents[3] / "shared/golden/numerics"
 CASES = ["single_image_middle", "image_first", "batch_right_pad"]
 TOLERANCE = 1e-4
 
-pytestmark = pytest.mark.skipif(not GOLDEN.exists(), reason="the original's outputs are not at ../shared")
+pytestmark = needs(NUMERICS)
 
 
 @pytest.fixture
 def original() -> VisionLanguageModel:
     """The tiny model of the original's checkpoint: model.mm_projector.* beside the language model's names."""
-    folder = GOLDEN / "llava_checkpoint"
+    folder = NUMERICS / "llava_checkpoint"
     config = json.loads((folder / "config.json").read_text())
     weights = load_file(folder / "model.safetensors")
     language = LlamaForCausalLM(LlamaConfig(**{k: config[k] for k in config if not k.startswith("mm_")}))
@@ -43,12 +42,12 @@ def original() -> VisionLanguageModel:
 
 @pytest.fixture(scope="module")
 def tensors() -> dict[str, Tensor]:
-    return load_file(GOLDEN / "tensors.safetensors")
+    return load_file(NUMERICS / "tensors.safetensors")
 
 
 @pytest.fixture(scope="module")
 def cases() -> dict[str, Any]:
-    return json.loads((GOLDEN / "cases.json").read_text())
+    return json.loads((NUMERICS / "cases.json").read_text())
 
 
 def _batch(name: str, tensors: dict[str, Tensor], images: list[int]) -> Batch:

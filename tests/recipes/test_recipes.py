@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayva.errors import RecipeError
+from rayva.orchestration.startup import shares_gpus
 from rayva.recipes import from_dict, require_runnable, resolve, to_dict
 from rayva.recipes.named import NAMED
 from rayva.recipes.schema import Dataset
@@ -314,10 +315,39 @@ def test_offload_needs_sharding() -> None:
 
 
 @pytest.mark.parametrize(
+    "setting",
+    ["scaling.gpus_per_worker", "features.encoder_gpus", "evaluation.gpus", "serving.gpus_per_replica"],
+)
+def test_gpus_are_a_share_of_one_or_whole_ones(setting: str) -> None:
+    for good in ("0", "0.25", "1", "8"):
+        resolve("tiny", None, [f"{setting}={good}"])
+    with pytest.raises(RecipeError, match="a share of one GPU, or a whole number") as caught:
+        resolve("tiny", None, [f"{setting}=1.5"])
+    assert setting in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("workers", "gpus", "shared"),
+    [
+        ("2", "0.5", True),
+        ("[1,4]", "0.25", True),
+        ("1", "0.5", False),
+        ("2", "0.6", False),
+        ("2", "0", False),
+    ],
+)
+def test_workers_that_may_share_a_gpu_are_known(workers: str, gpus: str, shared: bool) -> None:
+    recipe = resolve("tiny", None, [f"scaling.workers={workers}", f"scaling.gpus_per_worker={gpus}"])
+    assert shares_gpus(recipe.scaling) is shared
+
+
+@pytest.mark.parametrize(
     "uri",
     [
         "http://me:hunter2@mlflow.local:5000",
         "https://hunter2@mlflow.local",
+        "http://me:hunter2/hunter2@mlflow.local:5000",
+        "postgresql://me:hunter2/x@db/mlflow",
         "https://mlflow.local/?api_key=hunter2",
         "postgresql://me:hunter2@db/mlflow",
         "postgresql+psycopg2://me@db/mlflow?password=hunter2",

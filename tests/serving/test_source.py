@@ -28,7 +28,7 @@ def test_a_folder_that_holds_nothing(tmp_path: Path) -> None:
 
 
 def test_a_run_that_has_not_got_that_far(tmp_path: Path) -> None:
-    (tmp_path / "summary.json").write_text(json.dumps({"model": None, "mlflow": None}))
+    (tmp_path / "summary.json").write_text(json.dumps({"stages": {}, "model": None, "mlflow": None}))
     with pytest.raises(ServingError, match="not registered a model yet"):
         find_model(str(tmp_path))
 
@@ -41,7 +41,11 @@ def test_a_reference_that_names_no_model(reference: str) -> None:
 
 def _run_of(folder: Path, tracking_uri: str, version: str = "1") -> str:
     folder.mkdir()
-    summary = {"model": {"name": "rayva-tiny", "version": version}, "mlflow": {"tracking_uri": tracking_uri}}
+    summary = {
+        "stages": {},
+        "model": {"name": "rayva-tiny", "version": version},
+        "mlflow": {"tracking_uri": tracking_uri},
+    }
     (folder / "summary.json").write_text(json.dumps(summary))
     return str(folder)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +14,10 @@ from rayva.commands.inspect import Inspected, Inspector
 from rayva.data.json_rows import JsonRow
 from rayva.text.encode import IGNORE_INDEX
 from rayva.text.templates import get_template
+from tests.reference import TEMPLATES, TOKENIZER, needs
 from tests.text import original
 
-GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden"
-pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"golden data not found at {GOLDEN}")
+pytestmark = needs(TEMPLATES)
 
 NAMES = ("plain", "v0", "v1", "llama_2")
 CONTROLS = ("<s>", "</s>", "<unk>")
@@ -27,17 +26,17 @@ END = {"plain": "\n", "v0": "\n###", "v1": "</s>", "llama_2": " </s>"}
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
+    return AutoTokenizer.from_pretrained(TOKENIZER)
 
 
 @pytest.fixture(scope="module")
 def rows() -> dict[str, dict[str, Any]]:
-    listed = json.loads((GOLDEN / "templates" / "conversations.json").read_text(encoding="utf-8"))
+    listed = json.loads((TEMPLATES / "conversations.json").read_text(encoding="utf-8"))
     return {row["id"]: row for row in listed}
 
 
 def golden_records(name: str) -> tuple[list[dict[str, Any]], int]:
-    golden = json.loads((GOLDEN / "templates" / f"{name}.json").read_text(encoding="utf-8"))
+    golden = json.loads((TEMPLATES / f"{name}.json").read_text(encoding="utf-8"))
     return golden["records"], golden["meta"]["model_max_length"]
 
 

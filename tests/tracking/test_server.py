@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -12,17 +13,20 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rayva.orchestration.pipeline import make_plan, run_job
 from rayva.recipes import resolve
 from rayva.steps import StepFolder, step_digest
 from rayva.storage import Storage
 from rayva.tracking.address import TrackingError
 from rayva.tracking.mlflow_tracker import JobTracker
 from rayva.tracking.outbox import SPOOL
+from tests.core.job import STEPS, nothing
 
 pytestmark = pytest.mark.slow
 _START_SECONDS = 180
@@ -181,6 +185,32 @@ def test_a_job_that_starts_and_ends_without_its_server_is_sent_by_the_next_one(
     assert [f.path for f in api.list_artifacts(version.run_id, "model")] == ["model/rayva-model.json"]
 
 
+def test_a_finished_job_started_again_sends_what_was_kept(
+    server: MlflowServer, storage: Storage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.kill()
+    recipe = resolve("tiny", None, [f"tracking.uri={server.uri}", "tracking.experiment=kept"])
+
+    def start() -> None:
+        run_job(recipe, storage, steps=STEPS, start=nothing, tell=lambda line: None)
+
+    start()
+    assert storage.list(SPOOL) != []
+    start()  # in vain
+    assert "wait in" in capsys.readouterr().err
+    assert storage.list(SPOOL) != []
+    server.start()
+    start()
+    assert storage.list(SPOOL) == []
+    found = runs(client(server.uri), "kept")
+    assert set(found) == {"tiny", "data", "train", "evaluate"}
+    assert {run.info.status for run in found.values()} == {"FINISHED"}
+    assert found["data"].data.metrics == {"images": 3.0}
+    capsys.readouterr()
+    start()
+    assert capsys.readouterr().err == "", "nothing is left to send"
+
+
 def test_a_resumed_job_goes_on_in_the_same_runs_and_a_forgotten_step_gets_a_new_one(
     storage: Storage,
 ) -> None:
@@ -222,6 +252,32 @@ def test_a_resumed_job_goes_on_in_the_same_runs_and_a_forgotten_step_gets_a_new_
     job.close("FINISHED")
     experiment = api.get_experiment_by_name("rayva").experiment_id
     assert Counter(run.info.run_name for run in api.search_runs([experiment])) == {"tiny": 2, "pretrain": 2}
+
+
+def test_runs_can_be_told_apart_by_their_data(storage: Storage, tmp_path: Path) -> None:
+    rows = tmp_path / "captions.jsonl"
+    rows.write_text('{"image": "a.png", "caption": "a dog"}\n')
+    recipe = resolve("tiny", None, ["data.source=captions", f"data.captions={rows}"])
+    read, train, _ = STEPS
+    parts = (replace(read, fingerprint="rayva.orchestration.data:fingerprint"), train)
+
+    def start(until: str) -> None:
+        run_job(recipe, storage, until=until, steps=parts, start=nothing, tell=lambda line: None)
+
+    def inputs(run: Any) -> list[tuple[str, str, str]]:
+        found = [(one.dataset, one.tags[0].value) for one in run.inputs.dataset_inputs]
+        return sorted((data.name, json.loads(data.source)["uri"], context) for data, context in found)
+
+    start("data")
+    start("train")
+    made = runs(client(f"sqlite:///{storage.root}/mlflow.db"))
+    data, _ = make_plan(recipe, storage, parts)
+    place = storage.uri(data.folder.rel)
+    assert inputs(made["data"]) == [("data", place, "output"), ("data.captions", str(rows), "data")]
+    assert inputs(made["train"]) == [("data", place, "train")]
+    assert inputs(made["tiny"]) == [("data", place, "input")]
+    [dataset] = made["tiny"].inputs.dataset_inputs
+    assert data.folder.digest.startswith(dataset.dataset.digest)
 
 
 def test_aliases_long_values_and_registering_twice(storage: Storage) -> None:

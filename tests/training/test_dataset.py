@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from rayva.data.schema import SAMPLES
-from rayva.errors import DataError
+from rayva.errors import DataError, RecipeError
 from rayva.model.batch import collate
 from rayva.text.encode import IMAGE_TOKEN_INDEX
 from rayva.text.templates import get_template
 from rayva.training.dataset import SampleSource, TextSettings
+from rayva.training.lengths import require_answers
 from rayva.training.plan import TrainingPlan
 from rayva.training.prefetch import Ahead, Share, prefetch, prepare_step
 from tests.training.support import (
@@ -76,7 +77,7 @@ def test_truncation_counts_image_tokens_and_keeps_features_in_step() -> None:
     source = _source([(["image0"], ASK)], max_tokens=cut_at)
     example = source.example(0, 0, counts)
     assert example.input_ids == whole.input_ids[:cut_at]
-    assert counts == {"truncated": 1}
+    assert counts == {"truncated": 1, "without_answer": 1}
     (row,) = source.rows([example])
     assert torch.equal(row.features_MD, TinyFeatures().read(["image0"])[0][:2])
 
@@ -86,6 +87,36 @@ def test_over_length_samples_are_dropped_and_counted() -> None:
     source = _source([(["image0"], ASK)], max_tokens=16, over_length="drop")
     assert source.example(0, 0, counts) is None
     assert counts == {"dropped_over_length": 1}
+
+
+@pytest.mark.parametrize("over_length", ["truncate", "drop"])
+def test_a_limit_that_cuts_off_every_answer_is_refused(over_length: str) -> None:
+    length = len(_source([(["image0"], ASK)]).example(0, 0, Counter()).input_ids)
+    with pytest.raises(RecipeError) as caught:
+        require_answers(_source([(["image0"], ASK)] * 3, max_tokens=16, over_length=over_length), "pretrain")
+    said = str(caught.value)
+    assert "None of 3 samples of pretrain that were looked at (of 3) keeps an answer" in said
+    assert f"conversation.max_tokens=16, of which {TOKENS_PER_IMAGE} go to each image" in said
+    assert f"{length} to {length} tokens" in said
+    assert f"set conversation.max_tokens={length}," in said
+    require_answers(_source([(["image0"], ASK)], max_tokens=length, over_length=over_length), "pretrain")
+
+
+def test_a_limit_that_cuts_off_some_answers_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    long = [("human", "<image>\n" + "what is it? " * 9), *ASK[1:]]
+    short = len(_source([(["image0"], ASK)]).example(0, 0, Counter()).input_ids)
+    require_answers(
+        _source([(["image0"], ASK)] * 1000 + [(["image0"], long)] * 500, max_tokens=short), "pretrain"
+    )
+    said = capsys.readouterr().err
+    assert "warning: 85 of 256 samples of pretrain that were looked at (of 1,500) keep no answer" in said
+    require_answers(tiny_source(30), "pretrain")
+    assert capsys.readouterr().err == ""
+
+
+def test_samples_that_cannot_be_encoded_at_all_are_refused_with_the_reasons() -> None:
+    with pytest.raises(DataError, match="2 dropped_unknown_role"):
+        require_answers(_source([(["image0"], [("robot", "hi")])] * 2), "pretrain")
 
 
 def test_unusable_conversations_are_counted_by_reason() -> None:

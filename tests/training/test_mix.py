@@ -24,7 +24,7 @@ from tests.training.support import VISION_HIDDEN, tiny_samples, tiny_source
 
 ROOT = Path(__file__).resolve().parents[2]
 weights = st.one_of(st.integers(1, 4).map(float), st.floats(0.05, 4.0))
-parts = st.lists(st.tuples(st.integers(1, 120), weights), min_size=1, max_size=5)
+parts = st.lists(st.tuples(st.integers(1, 60), weights), min_size=1, max_size=5)
 
 
 def _plan(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from rayva.cli import main
-from rayva.errors import DataError
+from rayva.errors import DataError, RecipeError
 from rayva.orchestration.pipeline import described, make_plan
 from rayva.recipes import from_dict, to_dict
 from rayva.recipes.schema import Lengths
@@ -72,6 +73,17 @@ def _finetune(root: Path, **lengths: int) -> StageWork:
 def _prepared(work: StageWork, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     monkeypatch.setattr("rayva.training.stage.load_projector", lambda *_: None)  # stage 1 has not run
     return prepare(work, CPU)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_stage_whose_answers_do_not_fit_is_refused_before_it_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = _finetune(tmp_path)
+    settings = to_dict(work.recipe)
+    settings["conversation"]["max_tokens"] = 16
+    with pytest.raises(RecipeError, match=r"samples of finetune .* within conversation\.max_tokens=16"):
+        _prepared(replace(work, recipe=from_dict(settings)), monkeypatch)
 
 
 @pytest.mark.usefixtures("process_group")

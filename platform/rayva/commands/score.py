@@ -20,6 +20,8 @@ from rayva.evaluation.tasks import pope, scienceqa, scienceqa_ensemble, vqa
 from rayva.progress import say
 from rayva.storage import Storage
 
+SUBCOMMANDS = True
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter

@@ -86,6 +86,13 @@ def is_folder(uri: str, setting: str) -> bool:
         return bool(system.isdir(path))
 
 
+def is_there(uri: str, setting: str) -> bool:
+    """Whether `uri` is an existing file or folder; `DataError` where that cannot be found out."""
+    with reading(uri, setting):
+        system, path = file_system(uri)
+        return bool(system.exists(path))
+
+
 @contextmanager
 def reading(uri: str, setting: str) -> Iterator[None]:
     """Turns what file systems raise inside into a `DataError` about `uri`, given as `setting`."""

@@ -23,10 +23,10 @@ from rayva.evaluation.metrics import ANSWERS
 from rayva.evaluation.reading import as_object, read_rows
 from rayva.evaluation.tasks.base import Result
 from rayva.evaluation.tasks.grounding import run_step
+from rayva.steps import SUMMARY, read_summary
 from rayva.storage import Storage
 
 EVALUATION = "evaluation.json"
-_SUMMARY = "summary.json"
 _REMEDY = "it is damaged: run pipelines/evaluate.py again, with an --out of its own"
 _FIELDS = ("question", "answer", "reference", "picture", "note")
 _CONDITIONS = {
@@ -58,10 +58,10 @@ def read_run(reference: str, name: str | None = None) -> RunRecord:
     name = name or storage.root.rstrip("/").rpartition("/")[2]
     if storage.exists(EVALUATION):
         return _evaluation(storage, name)
-    if storage.exists(_SUMMARY):
+    if storage.exists(SUMMARY):
         return _gate_step(storage, name)
     raise DataError(
-        f"{reference} holds neither {EVALUATION} (an evaluation) nor {_SUMMARY} (a run)",
+        f"{reference} holds neither {EVALUATION} (an evaluation) nor {SUMMARY} (a run)",
         "give the --out of pipelines/evaluate.py, or the --storage of pipelines/full.py",
     )
 
@@ -133,7 +133,7 @@ def _gate_step(storage: Storage, name: str) -> RunRecord:
     return RunRecord(
         name,
         storage.root,
-        {"model": storage.read_json(_SUMMARY).get("assistant"), "passed": outputs.get("passed")},
+        {"model": read_summary(storage).get("assistant"), "passed": outputs.get("passed")},
         {task: TaskRecord(outputs.get(task, {}), found) for task, found in sorted(tasks.items())},
     )
 

@@ -15,6 +15,7 @@ from rayva.orchestration.console import serving_recipe
 from rayva.orchestration.summary import record_served
 from rayva.recipes.schema import Serving
 from rayva.serving.client import ChatClient, user_message
+from rayva.steps import read_summary
 from rayva.storage import Storage
 
 QUESTIONS = 3
@@ -67,7 +68,7 @@ def ask_served_model(storage: Storage, serving: Serving) -> list[str]:
     from rayva.orchestration.endpoint import running_endpoint
     from rayva.orchestration.startup import start_ray, stop_ray
 
-    summary = storage.read_json("summary.json")
+    summary = read_summary(storage)
     # By its name alone: the run may have been moved since.
     data_folder = f"steps/{summary['stages']['data']['folder'].rpartition('/')[2]}"
     exam = choose_exam(storage, data_folder)

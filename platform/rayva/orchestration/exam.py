@@ -109,11 +109,9 @@ def fingerprint(storage: Storage) -> str:
     Weights of other training differ everywhere, so that this tells models apart without reading all of them.
     """
     found = hashlib.sha256()
-    base = storage.path("").rstrip("/")
-    for path in sorted(storage.fs.find(base)):
-        size = int(storage.fs.size(path))
-        found.update(f"{path[len(base) :]}\0{size}\0".encode())
-        with storage.fs.open(path, "rb") as file:
+    for name, size in storage.files().items():
+        found.update(f"/{name}\0{size}\0".encode())
+        with storage.open(name) as file:
             found.update(file.read(_EDGE))
             if size > _EDGE:
                 file.seek(max(_EDGE, size - _EDGE))

@@ -15,6 +15,7 @@ from rayva.evaluation.chat import ChatModel, endpoint
 from rayva.evaluation.judge import Judge
 from rayva.evaluation.tasks.registry import TASKS, make_tasks
 from rayva.orchestration.console import guarded
+from rayva.steps import SUMMARY, read_summary
 from rayva.storage import Storage
 
 _OWN = ("--model", "--endpoint", "--tasks", "--out")
@@ -60,7 +61,11 @@ def _parser() -> argparse.ArgumentParser:
         "--endpoint-key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable of its key"
     )
     parser.add_argument("--concurrency", type=int, default=8, help="questions under way at an endpoint (8)")
-    parser.add_argument("--registry-uri", metavar="URI", help="where the registry is, for models:/...")
+    parser.add_argument(
+        "--registry-uri",
+        metavar="URI",
+        help="registry, for models:/... (default: --tracking-uri)",
+    )
     parser.add_argument("--tasks", nargs="+", required=True, help=f"of {', '.join(TASKS)}")
     parser.add_argument("--out", required=True, metavar="STORAGE", help="folder or URI that holds all of it")
     parser.add_argument("settings", nargs="*", metavar="task.key=value", help="where the data is, and more")
@@ -69,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tracking-uri",
         metavar="URI",
-        help="MLflow store (default: SQLite under --out); none for no tracking",
+        help="MLflow store that takes the figures (default: SQLite under --out); none for no tracking",
     )
     parser.add_argument("--experiment", default="rayva-evaluate", help="MLflow experiment")
     parser.add_argument("--dry-run", action="store_true", help="only tell how much would be asked")
@@ -205,21 +210,23 @@ def _split(tasks: Sequence[str], settings: Sequence[str]) -> tuple[list[str], li
 
 def _own_questions(model: str | None) -> list[str]:
     """A run's model is asked the run's own held-out questions, where no others are named."""
-    if model is None or model.startswith("models:") or not Storage(model).exists("summary.json"):
+    if model is None or model.startswith("models:") or not Storage(model).exists(SUMMARY):
         return []
     return [f"grounding.run={model}"]
 
 
 def _find(options: argparse.Namespace) -> str:
-    from rayva.serving.source import SUMMARY, find_model
+    from rayva.serving.source import find_model
 
     storage = Storage(options.model) if not options.model.startswith("models:") else None
     if storage is not None and storage.exists(SUMMARY) and not storage.exists("rayva.json"):
         # A run's own model, whether or not it has been registered.
-        assistant = storage.read_json(SUMMARY).get("assistant")
+        assistant = read_summary(storage).get("assistant")
         if assistant:
             return str(assistant)
-    return find_model(options.model, options.registry_uri).folder
+    tracked = options.tracking_uri if options.tracking_uri != "none" else None
+    registry = options.registry_uri or (tracked if storage is None else None)
+    return find_model(options.model, registry).folder
 
 
 def _asked_model(options: argparse.Namespace) -> ChatModel | None:

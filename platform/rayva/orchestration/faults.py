@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
+from typing import TypeGuard
 
 from rayva.errors import RayvaError
-from rayva.storage import translate_os_error
+from rayva.remote import is_failure
+from rayva.storage import remote_error, translate_os_error
 
 _STORAGE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
 def user_error(error: BaseException, storage_root: str) -> RayvaError | None:
-    """The `RayvaError`, or the full or read-only disk, that lies behind `error`; None if there is none.
+    """The `RayvaError`, the full or read-only disk, or the remote storage's failure that lies behind `error`;
+    None if there is none.
 
     Ray hands a worker's exception back as one that derives from it but whose text is a whole traceback;
     the original is its `cause`. Ray Train keeps one exception a rank in `worker_failures`.
@@ -22,7 +25,23 @@ def user_error(error: BaseException, storage_root: str) -> RayvaError | None:
             return behind
         if isinstance(behind, OSError) and behind.errno in _STORAGE_ERRNOS:
             return translate_os_error(behind, behind.filename or storage_root)
+        if "://" in storage_root and _is_of_a_client(behind):
+            return remote_error(behind, storage_root)
     return None
+
+
+def _is_of_a_client(error: BaseException) -> TypeGuard[Exception]:
+    """Whether a remote storage's client raised it: Ray Train and Ray Data use one by themselves.
+
+    An `OSError` may be about anything.
+    """
+    if (
+        not isinstance(error, Exception)
+        or isinstance(error, OSError)
+        or hasattr(error, "as_instanceof_cause")
+    ):
+        return False
+    return is_failure(error)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -32,6 +32,7 @@ from rayva.recipes import Recipe, to_dict
 from rayva.recipes.schema import Generation
 from rayva.steps import AttemptClock, StepFolder, step_digest
 from rayva.storage import Storage
+from rayva.tracking.mlflow_tracker import JobTracker, send_kept
 
 if TYPE_CHECKING:
     from rayva.orchestration.generate import Work
@@ -263,6 +264,7 @@ def run(plan: Plan, start: bool = True) -> dict[str, Any]:
     storage.check_writable()
     with JobLock(storage, "instruction generation"):
         if (manifest := folder.manifest()) is not None:
+            send_kept(plan.recipe, storage)
             return {**manifest["outputs"], "finished_before": True}
         work = Work(plan.settings, storage)
         work.price()  # complains early
@@ -287,8 +289,6 @@ def run(plan: Plan, start: bool = True) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _tracked(plan: Plan) -> Iterator[Any]:
-    from rayva.tracking.mlflow_tracker import JobTracker
-
     tracker = JobTracker(plan.recipe, plan.storage)
     try:
         with tracker.step("generate", plan.folder, {}):

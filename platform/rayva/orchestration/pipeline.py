@@ -6,7 +6,7 @@ import contextlib
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from rayva.errors import RayvaError
 from rayva.lock import JobLock
@@ -19,9 +19,7 @@ from rayva.recipes.schema import StageName
 from rayva.redaction import redact
 from rayva.steps import AttemptClock, StepFolder, step_digest
 from rayva.storage import Storage
-
-if TYPE_CHECKING:
-    from rayva.tracking.mlflow_tracker import JobTracker
+from rayva.tracking.mlflow_tracker import JobTracker, send_kept
 
 
 @dataclass
@@ -269,8 +267,6 @@ def forget(plan: Sequence[Planned], names: Iterable[str]) -> list[str]:
 
 
 def _default_tracker(recipe: Recipe, storage: Storage) -> JobTracker:
-    from rayva.tracking.mlflow_tracker import JobTracker
-
     return JobTracker(recipe, storage)
 
 
@@ -321,6 +317,8 @@ def run_job(
             plan = make_plan(recipe, storage, steps)
         else:
             tell(f"All {len(wanted)} steps are finished; there is nothing to do.")
+            send_kept(recipe, storage)
+            send_kept(recipe, storage)
         made = {planned.step.name: (planned.folder, planned.manifest) for planned in plan}
         summary = build_summary(recipe, storage, made, executed)
         write_summary(storage, summary)
@@ -364,6 +362,8 @@ def _run_step(recipe: Recipe, storage: Storage, planned: Planned, tracker: JobTr
         AttemptClock(folder) as clock,
         tracker.step(planned.step.name, folder, planned.inputs),
     ):
+        for name, digest, uri in _outside_inputs(recipe, planned):
+            tracker.input(name, digest, uri, context=planned.step.name)
         context = StepContext(recipe, storage, folder, planned.inputs, tracker)
         result: StepResult = load(planned.step.run)(context)
         tracker.metrics(result.metrics)
@@ -373,6 +373,26 @@ def _run_step(recipe: Recipe, storage: Storage, planned: Planned, tracker: JobTr
     about = described(recipe, planned, tracker.info() if last else None)
     folder.finish(result.outputs, result.metrics, clock.seconds, about)
     return clock.seconds
+
+
+def _outside_inputs(recipe: Recipe, planned: Planned) -> Iterator[tuple[str, str, str]]:
+    """Files and folders outside the storage that a step reads: the setting's name, their digest, where."""
+    for key, digest in planned.settings.items():
+        setting = key.removeprefix("input ")
+        if setting != key and isinstance(uri := _setting(to_dict(recipe), setting), str):
+            yield setting, digest, uri
+
+
+def _setting(settings: Any, key: str) -> Any:
+    """What stands under `key` (section.name, or section.name.0.name in a list); None where nothing does."""
+    for part in key.split("."):
+        if isinstance(settings, Mapping):
+            settings = settings.get(part)
+        elif isinstance(settings, Sequence) and part.isdigit():
+            settings = settings[int(part)]
+        else:
+            return None
+    return settings
 
 
 def described(recipe: Recipe, planned: Planned, mlflow: Any = None) -> dict[str, Any]:

@@ -58,17 +58,15 @@ def run(ctx: StepContext) -> StepResult:
 
 def file_digests(storage: Storage, rel: str) -> dict[str, str]:
     """sha256 (hex) of each file under the folder `rel`, by its path in it."""
-    root = storage.path(rel)
-    paths = sorted(str(path) for path in storage.fs.find(root))
-    sizes = [int(storage.fs.size(path)) for path in paths]
+    sizes = storage.files(rel)
     digests = {}
-    with Progress("register: digests", sum(sizes) >> 20, "MB") as progress:
-        for path, size in zip(paths, sizes, strict=True):
+    with Progress("register: digests", sum(sizes.values()) >> 20, "MB") as progress:
+        for name, size in sizes.items():
             digest = hashlib.sha256()
-            with storage.fs.open(path, "rb") as file:
+            with storage.open(f"{rel}/{name}") as file:
                 while chunk := file.read(_CHUNK):
                     digest.update(chunk)
-            digests[path.removeprefix(root).lstrip("/")] = digest.hexdigest()
+            digests[name] = digest.hexdigest()
             progress.advance(size >> 20)
     return digests
 

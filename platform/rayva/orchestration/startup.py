@@ -12,8 +12,9 @@ from typing import Any
 
 from rayva.data.locations import absolute, is_local, parent
 from rayva.errors import CapacityError, DataError, RayvaError, StorageError
+from rayva.progress import say
 from rayva.provenance import REPOSITORY, SOURCE_ROOT, code_version, tree_id
-from rayva.recipes.schema import STAGES, Recipe
+from rayva.recipes.schema import STAGES, Recipe, Scaling
 from rayva.storage import Storage
 
 __all__ = ["check_capacity", "code_version", "start_ray", "stop_ray"]
@@ -24,6 +25,8 @@ _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _EXCLUDES = [".git", ".venv", "/runs/", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis"]
 _OBJECT_STORE_BYTES = 1 << 30
 _START_TIMEOUT_SECONDS = 300.0
+_own_clusters: list[str] = []
+"""Address of the cluster that this process has started, while it runs."""
 
 
 def start_ray(recipe: Recipe, storage: Storage | None = None) -> None:
@@ -45,7 +48,7 @@ def start_ray(recipe: Recipe, storage: Storage | None = None) -> None:
         _join(storage) if _cluster_given() else _start_local()
         signal.signal(signal.SIGTERM, handler)  # ray.init puts its own in place
     check_capacity(recipe)
-    _check_nodes(storage, shared_inputs(recipe))
+    _check_nodes(storage, recipe)
 
 
 def stop_ray() -> None:
@@ -53,6 +56,12 @@ def stop_ray() -> None:
     import ray
 
     ray.shutdown()
+    _own_clusters.clear()
+
+
+def started_here() -> bool:
+    """Whether the cluster was started by this process, and not joined."""
+    return bool(_own_clusters)
 
 
 def _cluster_given() -> bool:
@@ -72,6 +81,7 @@ def _start_local() -> None:
         logging_level=logging.WARNING,
         object_store_memory=_OBJECT_STORE_BYTES,
     )
+    _own_clusters.append(ray.get_runtime_context().gcs_address)
 
 
 def _join(storage: Storage | None) -> None:
@@ -158,6 +168,17 @@ def check_capacity(recipe: Recipe) -> None:
         )
     if not limits:
         _check_placement(recipe, nodes)
+    if shares_gpus(scaling):
+        say(
+            f"warning: scaling.gpus_per_worker={scaling.gpus_per_worker:g} lets Ray put several of the "
+            f"{scaling.max_workers} training workers on one GPU, which NCCL refuses; with one GPU, set "
+            "scaling.workers=1, else scaling.gpus_per_worker=1."
+        )
+
+
+def shares_gpus(scaling: Scaling) -> bool:
+    """Whether two training workers may come to one GPU."""
+    return scaling.max_workers > 1 and 0 < scaling.gpus_per_worker <= 0.5
 
 
 def _check_group(
@@ -204,6 +225,7 @@ def shared_inputs(recipe: Recipe) -> dict[str, str]:
     What is not here either is left to the step that reads it, which says so.
     """
     data = recipe.data
+    beside = {setting: parent(rows) for setting, rows in _rows_without_folder(recipe).items()}
     given: dict[str, str | None] = {"vision.path": recipe.vision.path, "language.path": recipe.language.path}
     if data.source == "captions":
         given["data.captions"] = data.captions
@@ -211,17 +233,12 @@ def shared_inputs(recipe: Recipe) -> dict[str, str]:
         given["data.emoji_dir"] = data.emoji_dir
     elif data.source == "llava":
         for part in (*STAGES, "held_out"):
-            given |= _images(
-                f"data.{part}_images", getattr(data, f"{part}_json"), getattr(data, f"{part}_images")
-            )
+            given[f"data.{part}_images"] = getattr(data, f"{part}_images")
         for stage in STAGES:
             for one in getattr(data, f"{stage}_mix"):
-                setting = f"data.{stage}_mix {one.label}"
-                given |= (
-                    {setting: one.path}
-                    if one.format == "captions"
-                    else _images(setting, one.path, one.images)
-                )
+                place = one.path if one.format == "captions" else one.images
+                given[f"data.{stage}_mix {one.label}"] = place
+        given |= beside
     places = {
         setting: absolute(path.removeprefix("file://"))
         for setting, path in given.items()
@@ -230,9 +247,39 @@ def shared_inputs(recipe: Recipe) -> dict[str, str]:
     return {setting: path for setting, path in places.items() if os.path.exists(path)}
 
 
-def _images(setting: str, json_file: str | None, folder: str | None) -> dict[str, str | None]:
-    """The image folder of LLaVA JSON: the one that is named, else where the file lies."""
-    return {setting: folder or (parent(json_file) if json_file else None)}
+def _rows_without_folder(recipe: Recipe) -> dict[str, str]:
+    """LLaVA JSON whose images have no folder of their own and are looked for beside it, by setting."""
+    data = recipe.data
+    if data.source != "llava":
+        return {}
+    rows = {
+        f"data.{part}_images": getattr(data, f"{part}_json")
+        for part in (*STAGES, "held_out")
+        if not getattr(data, f"{part}_images")
+    }
+    for stage in STAGES:
+        for one in getattr(data, f"{stage}_mix"):
+            if one.format == "llava" and not one.images:
+                rows[f"data.{stage}_mix {one.label}"] = one.path
+    return {setting: file for setting, file in rows.items() if file}
+
+
+def is_read(recipe: Recipe, setting: str, path: str) -> bool:
+    """Whether other nodes read anything under `path`, one of `shared_inputs`.
+
+    They do not where it is merely the folder of a file whose rows name no images in it.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    rows = _rows_without_folder(recipe).get(setting)
+    if rows is None:
+        return True
+    from rayva.data.beside import image_places
+
+    # Without a digest: this is asked at the start of a job only, where the file is as it is.
+    places = image_places(rows, setting.replace("_images", "_json"), "llava", "")
+    return any(Path(folder).is_relative_to(path) for folder, _ in places)
 
 
 def _describe_worker(marker: str | None, inputs: dict[str, str]) -> dict[str, Any]:
@@ -252,7 +299,7 @@ def _describe_worker(marker: str | None, inputs: dict[str, str]) -> dict[str, An
     }
 
 
-def _check_nodes(storage: Storage | None, inputs: dict[str, str]) -> None:
+def _check_nodes(storage: Storage | None, recipe: Recipe) -> None:
     """Runs one small task on every node to see that it has this code and sees the local paths."""
     import ray
     from ray.exceptions import GetTimeoutError, RayTaskError, RuntimeEnvSetupError
@@ -263,6 +310,7 @@ def _check_nodes(storage: Storage | None, inputs: dict[str, str]) -> None:
     shared = storage is not None and storage.is_local and len(nodes) > 1
     if storage is not None and shared:
         storage.write_bytes(marker, b"")
+    inputs = shared_inputs(recipe)
     describe = ray.remote(num_cpus=0, max_retries=0)(_describe_worker)
     try:
         # A list: nodes on one machine may have the same address.
@@ -283,13 +331,13 @@ def _check_nodes(storage: Storage | None, inputs: dict[str, str]) -> None:
                     f"Node {address} cannot run the submitted code: {error}",
                     "check that the node has the packages of constraints.txt and can reach the head node",
                 ) from error
-            _check_answer(address, answer, storage)
+            _check_answer(address, answer, storage, recipe)
     finally:
         if storage is not None and shared:
             storage.delete(marker)
 
 
-def _check_answer(address: str, answer: dict[str, Any], storage: Storage | None) -> None:
+def _check_answer(address: str, answer: dict[str, Any], storage: Storage | None, recipe: Recipe) -> None:
     if answer["tree"] != code_version()["tree"]:
         if answer["root"] == str(SOURCE_ROOT):
             raise RayvaError(
@@ -311,6 +359,8 @@ def _check_answer(address: str, answer: dict[str, Any], storage: Storage | None)
             "use a folder that all nodes share, or a URI such as s3://bucket/run, with --storage",
         )
     for setting, path in answer["missing"].items():
+        if not is_read(recipe, setting, path):
+            continue
         raise DataError(
             f"Node {address} cannot see {setting} = {path}, which is on the disk of the node that runs the "
             "job's script.",

@@ -6,15 +6,23 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from rayva.errors import StorageError
 from rayva.progress import duration
 from rayva.recipes import Recipe
 from rayva.recipes.schema import STAGES
-from rayva.steps import StepFolder
+from rayva.steps import SUMMARY, StepFolder, read_summary
 from rayva.storage import Storage
 
-SUMMARY = "summary.json"
-
 _GROUNDING = ("accuracy", "accuracy_shuffled_images", "accuracy_no_image", "questions")
+
+
+_COUNTED = {
+    "data": ("quarantined",),
+    "features": ("quarantined",),
+    "pretrain": ("samples", "distinct_samples", "left_out", "changed"),
+    "finetune": ("samples", "distinct_samples", "left_out", "changed"),
+}
+"""Outputs by step that count rows and samples."""
 
 
 def build_summary(
@@ -30,7 +38,9 @@ def build_summary(
         executed: steps that ran in this start of the job; the others are marked as skipped.
 
     `datasets` has a mix's counts: samples by stage and dataset under `data`, and `samples` and `visited`
-    by dataset under each stage.
+    by dataset under each stage. `samples` tells of rows that were not used, or not as they are: under `data`
+    and `features` what is quarantined, under each stage what is left out before it starts and what is changed
+    on the way (truncated, dropped), all by reason; a sample that is changed in each epoch counts each time.
     """
     done = {name: (folder, manifest) for name, (folder, manifest) in steps.items() if manifest}
     outputs = {name: manifest["outputs"] for name, (_, manifest) in done.items() if manifest}
@@ -55,6 +65,11 @@ def build_summary(
             for name in ("data", "pretrain", "finetune")
             if "datasets" in outputs.get(name, {})
         },
+        "samples": {
+            name: {key: outputs[name][key] for key in keys if key in outputs[name]}
+            for name, keys in _COUNTED.items()
+            if name in outputs
+        },
         "grounding": {key: evaluation["grounding"].get(key) for key in _GROUNDING} if evaluation else None,
         "gate": {"passed": evaluation["passed"], "why": evaluation["why"]} if evaluation else None,
         "mlflow": tracked[-1] if tracked else None,
@@ -78,9 +93,12 @@ def _kept_answers(storage: Storage, export_digest: str | None) -> dict[str, Any]
     """Answers that the endpoint gave stand as long as the exported model is the same."""
     if export_digest is None or not storage.exists(SUMMARY):
         return None
-    before = storage.read_json(SUMMARY)
+    try:
+        before = read_summary(storage)
+    except StorageError:
+        return None  # whatever it is: the job writes its own now
     same = before["stages"].get("export", {}).get("digest") == export_digest
-    return before["served"] if same else None
+    return before.get("served") if same else None
 
 
 def write_summary(storage: Storage, summary: Mapping[str, Any]) -> None:
@@ -89,7 +107,7 @@ def write_summary(storage: Storage, summary: Mapping[str, Any]) -> None:
 
 def record_served(storage: Storage, picture: str, answers: list[dict[str, str]]) -> None:
     """Adds to the summary what the endpoint answered about `picture`."""
-    summary = storage.read_json(SUMMARY)
+    summary = read_summary(storage)
     summary["served"] = {"picture": picture, "answers": answers}
     write_summary(storage, summary)
 
@@ -101,6 +119,7 @@ def summary_text(summary: Mapping[str, Any], storage: Storage) -> str:
     for name, stage in summary["stages"].items():
         lines.append(f"  {name:<10} {duration(stage['seconds']):>12}  {stage['folder']}")
     lines += _mix(summary)
+    lines += _not_as_they_are(summary)
     lines += _figures(summary)
     lines += _next(summary, storage)
     return "\n".join(lines)
@@ -131,6 +150,18 @@ def _mix(summary: Mapping[str, Any]) -> list[str]:
         for name, counts in summary.get("datasets", {}).get(stage, {}).items():
             seen = f"{counts['samples']:,} samples visited {counts['visited']:,} times"
             lines.append(f"  {stage}, dataset {name}: {seen}")
+    return ["", *lines] if lines else []
+
+
+def _not_as_they_are(summary: Mapping[str, Any]) -> list[str]:
+    """Rows and samples that were not used, or not whole; nothing where all were."""
+    words = {"quarantined": "quarantined", "left_out": "left out", "changed": "changed, over all epochs"}
+    lines = []
+    for step, counts in summary.get("samples", {}).items():
+        for key, what in words.items():
+            if reasons := counts.get(key):
+                told = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items())
+                lines.append(f"  {step}: {sum(reasons.values()):,} {what} ({told})")
     return ["", *lines] if lines else []
 
 

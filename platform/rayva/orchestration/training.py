@@ -19,10 +19,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from transformers.utils.logging import disable_progress_bar
 
 from rayva.errors import RayvaError
+from rayva.lock import LockLost
 from rayva.orchestration.pipeline import StepContext, StepResult
+from rayva.orchestration.startup import started_here
 from rayva.orchestration.train_callbacks import Mailbox, RayHooks
 from rayva.progress import Progress, say
-from rayva.recipes.schema import StageName
+from rayva.recipes.schema import Scaling, StageName
 from rayva.training.engine import init_distributed
 from rayva.training.loop import train
 from rayva.training.stage import (
@@ -78,14 +80,21 @@ def _mailbox_beside_the_driver() -> Any:
     return options.remote()
 
 
+def ray_environment(scaling: Scaling) -> dict[str, str]:
+    """Settings of Ray Train that it reads from the environment, where a person has set no others."""
+    kind = "fixed" if isinstance(scaling.workers, int) else "elastic"
+    return {
+        **_RAY_ENV,
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": _START_SECONDS[kind],
+        # An actor that looks for nodes about to be taken away. A cluster that was started here is this
+        # machine, and the driver goes with it; somebody else's may have one node now and more later.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0" if started_here() else "1",
+    }
+
+
 def _trainer(work: StageWork, mailbox: Any) -> TorchTrainer:
-    for key, value in _RAY_ENV.items():
+    for key, value in ray_environment(work.recipe.scaling).items():
         os.environ.setdefault(key, value)
-    kind = "fixed" if isinstance(work.recipe.scaling.workers, int) else "elastic"
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _START_SECONDS[kind])
-    # An actor that looks for nodes about to be taken away; where there is one node, the driver goes with it.
-    several = sum(node["Alive"] for node in ray.nodes()) > 1
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1" if several else "0")
     recipe, storage = work.recipe, work.storage
     scaling = recipe.scaling
     attempts = work.folder.join(ATTEMPTS)
@@ -151,8 +160,8 @@ def _fit_and_tell(trainer: TorchTrainer, mailbox: Any, ctx: StepContext) -> None
     try:
         while not ended.wait(_POLL_SECONDS):
             listener.listen()
-    except (KeyboardInterrupt, SystemExit):
-        if listener.heard:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if listener.heard and not isinstance(stop, LockLost):
             # What was done since the last checkpoint would else be done again.
             say(f"  {ctx.folder.name}: saving what has been done; Ctrl-C again stops at once")
             ray.get(mailbox.stop.remote())

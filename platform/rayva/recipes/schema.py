@@ -11,7 +11,15 @@ import re
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -24,6 +32,16 @@ STAGES: tuple[StageName, ...] = ("pretrain", "finetune")
 
 _REGISTRY_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
 """MLflow refuses "/" and ":", but only when the model is registered, at the end of the job."""
+
+
+def _whole_above_one(gpus: float) -> float:
+    if gpus > 1 and gpus != int(gpus):
+        raise PydanticCustomError("gpus", "a share of one GPU, or a whole number of them")
+    return gpus
+
+
+Gpus = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)]
+"""What Ray gives one process: a share of one GPU, or whole ones."""
 
 
 class Config(BaseModel):
@@ -180,7 +198,7 @@ class Features(Config):
     encoders: int = Field(default=1, ge=1)
     """Encoder actors."""
     encoder_cpus: float = Field(default=1.0, ge=0)
-    encoder_gpus: float = Field(default=0.0, ge=0)
+    encoder_gpus: Gpus = 0.0
     decoder_cpus: float = Field(default=1.0, gt=0)
     prefetch_steps: int = Field(default=2, ge=1)
     """Steps of training whose features are read ahead ..."""
@@ -296,7 +314,7 @@ class Evaluation(Config):
     """... and exceed the accuracy with shuffled images, and without image, by this."""
     gallery: int = Field(default=24, ge=0)
     """Test images shown with question, reference and answer in the report."""
-    gpus: float = Field(default=0.0, ge=0)
+    gpus: Gpus = 0.0
 
 
 class Scaling(Config):
@@ -307,7 +325,9 @@ class Scaling(Config):
     resize_seconds: float = Field(default=60.0, ge=0)
     """How often a training with less than `most` workers looks for room for more."""
     cpus_per_worker: float = Field(default=1.0, ge=0)
-    gpus_per_worker: float = Field(default=0.0, ge=0)
+    gpus_per_worker: Gpus = 0.0
+    """A whole GPU for each of several workers: NCCL, over which they talk, refuses two of them on one GPU. A
+    share is for one worker beside something else, such as encoders."""
     max_failures: int = Field(default=3, ge=0)
     """Worker failures survived before the job gives up."""
 
@@ -398,7 +418,7 @@ class Serving(Config):
     min_replicas: int = Field(default=1, ge=1)
     max_replicas: int = Field(default=2, ge=1)
     cpus_per_replica: float = Field(default=1.0, ge=0)
-    gpus_per_replica: float = Field(default=0.0, ge=0)
+    gpus_per_replica: Gpus = 0.0
     max_new_tokens: int = Field(default=256, ge=1)
     max_images: int = Field(default=4, ge=1)
     max_image_bytes: int = Field(default=10 * 1024 * 1024, ge=1)

@@ -11,14 +11,13 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rayva.errors import ServingError
 from rayva.redaction import MASK
+from rayva.steps import SUMMARY, read_summary
 from rayva.storage import Storage
 from rayva.tracking.registry import registered_folder
 
-SUMMARY = "summary.json"
 MODEL_FILE = "rayva.json"
 _TRACKING_URI = "MLFLOW_TRACKING_URI"
 _REGISTRY = re.compile(r"models:/(?P<name>[^@/]+)(?:@(?P<alias>[^@/]+)|/(?P<version>\d+))")
@@ -62,7 +61,7 @@ def _folder_name(storage: Storage) -> str:
 
 def _of_run(storage: Storage, tracking_uri: str | None) -> ModelSource:
     """The version of the registry that a run registered."""
-    summary: dict[str, Any] = storage.read_json(SUMMARY)
+    summary = read_summary(storage)
     model, tracking = summary.get("model"), summary.get("mlflow")
     if not model or not tracking:
         raise ServingError(

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+from rayva.progress import say
 from rayva.provenance import code_version
 from rayva.recipes import Recipe, to_dict
 from rayva.redaction import redact
@@ -23,7 +24,7 @@ from rayva.steps import StepFolder
 from rayva.storage import Storage
 from rayva.tracking.address import TrackingError, tracking_uri
 from rayva.tracking.history import HISTORY, History
-from rayva.tracking.outbox import Operation, Outbox
+from rayva.tracking.outbox import SPOOL, Operation, Outbox, kept_for
 from rayva.tracking.registry import Place, Registered, register
 from rayva.tracking.server import STATE, MlflowServer, read_state
 
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 60.0
 _START_SECONDS = 120.0
+DATASET = "data"
+"""The step whose result is the job's dataset."""
 
 
 class Queue(Protocol):
@@ -130,10 +133,9 @@ class JobTracker:
         self._storage, self._recipe, self._uri = storage, recipe, uri
         self.uri = redact(uri)
         self.experiment = recipe.tracking.experiment
-        address = hashlib.sha256(f"{self.uri} {self.experiment}".encode()).hexdigest()[:8]
+        address = _address(uri, self.experiment)
         key = _job_key(recipe, storage, address)
-        server = MlflowServer(uri, self.experiment, storage)
-        self._outbox: Queue = Outbox(storage, server, address, self.uri)
+        self._outbox: Queue = Outbox(storage, MlflowServer(uri, self.experiment, storage), address, self.uri)
         self.job = Run(key, self._outbox)
         """The run of the whole job."""
         self._run = self.job
@@ -156,6 +158,12 @@ class JobTracker:
         run.tags({**_tags(self._recipe), "rayva.step": name, "rayva.digest": folder.digest})
         for needed, source in inputs.items():
             run.input(needed, source.digest, self._storage.uri(source.rel), context=name)
+        # One dataset, by name and digest, of the run that made it, of those that read it, and of the job:
+        # so MLflow's table groups runs by their data.
+        if name == DATASET:
+            run.input(DATASET, folder.digest, self._storage.uri(folder.rel), context="output")
+        for made in (source for needed, source in {**inputs, name: folder}.items() if needed == DATASET):
+            self.job.input(DATASET, made.digest, self._storage.uri(made.rel))
         self._run = run
         try:
             yield run
@@ -240,6 +248,28 @@ class JobTracker:
             return
         self.job.end(status)
         self._outbox.close(_CLOSE_SECONDS)
+
+
+def send_kept(recipe: Recipe, storage: Storage) -> None:
+    """Sends what earlier jobs at this storage could not send; quick where nothing has been kept.
+
+    For a job that has nothing to do, and so opens no run.
+
+    Raises:
+        TrackingError: recipe.tracking.uri cannot be used.
+    """
+    if not storage.list(SPOOL):
+        return
+    uri, experiment = tracking_uri(recipe.tracking.uri, storage), recipe.tracking.experiment
+    address = _address(uri, experiment)
+    if kept_for(storage, address):
+        say(f"Tracking: sending what an earlier job has kept for {redact(uri)}.")
+        Outbox(storage, MlflowServer(uri, experiment, storage), address, redact(uri)).close(_CLOSE_SECONDS)
+
+
+def _address(uri: str, experiment: str) -> str:
+    """Names an experiment of a server in files: a password may change, so it does not count."""
+    return hashlib.sha256(f"{redact(uri)} {experiment}".encode()).hexdigest()[:8]
 
 
 def _job_key(recipe: Recipe, storage: Storage, address: str) -> str:

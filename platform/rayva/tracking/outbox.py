@@ -43,6 +43,11 @@ class Server(Protocol):
     def apply(self, operation: Operation) -> None: ...
 
 
+def kept_for(storage: Storage, address: str) -> list[str]:
+    """Names of the files that wait for the server `address`, in their order."""
+    return [name for name in storage.list(SPOOL) if name.startswith(f"{address}-")]
+
+
 class Outbox:
     """A durable queue of operations and the thread that sends them.
 
@@ -57,7 +62,7 @@ class Outbox:
         self._prefix = f"{address}-"
         self._changed = threading.Condition()
         self._gathered: list[Operation] = []
-        self._files = [name for name in storage.list(SPOOL) if name.startswith(self._prefix)]
+        self._files = kept_for(storage, address)
         self._next = int(self._files[-1][len(self._prefix) : -len(".jsonl")]) + 1 if self._files else 0
         self._fault: Exception | None = None
         self._away: str | None = None

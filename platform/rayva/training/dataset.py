@@ -130,6 +130,11 @@ class SampleSource:
         """What no example is longer than."""
         return self._text.max_tokens
 
+    @property
+    def image_tokens(self) -> int:
+        """Tokens of an image."""
+        return self._features.num_tokens
+
     def sizes(self) -> dict[str, int]:
         """Samples by dataset, in the order in which they lie; a table without datasets has one called ""."""
         names = self._samples["dataset"] if "dataset" in self._samples.column_names else None
@@ -155,7 +160,8 @@ class SampleSource:
         return len(ids), sum(label != IGNORE_INDEX for label in labels)
 
     def example(self, index: int, epoch: int, counts: Counter[str]) -> Example | None:
-        """Encodes a sample; None where it cannot be used. Both, and truncation, are added to `counts`.
+        """Encodes a sample; None where it cannot be used. That, a truncation, and an answer that is cut off
+        as a whole (nothing is left to learn from) are added to `counts`.
 
         Random choices depend on (seed, epoch, index) alone.
         """
@@ -170,7 +176,10 @@ class SampleSource:
                 return None
             counts["truncated"] += 1
             ids, labels = ids[: self._text.max_tokens], labels[: self._text.max_tokens]
-        return Example(sample_id, image_ids, ids, labels)
+        example = Example(sample_id, image_ids, ids, labels)
+        if not example.supervised:
+            counts["without_answer"] += 1
+        return example
 
     def sample_id(self, index: int) -> str:
         """The id of a sample."""

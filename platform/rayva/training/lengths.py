@@ -1,23 +1,56 @@
-"""Limits of length: which samples a stage leaves out before it starts.
+"""Limits of length: which samples a stage leaves out before it starts, and whether the rest fits.
 
-Every sample is encoded once for it, by all ranks together, and the lengths are kept with the unfinished
-stage: a stage that goes on reads them.
+Every sample is encoded once for the limits, by all ranks together, and the lengths are kept with the
+unfinished stage: a stage that goes on reads them.
 """
 
 from __future__ import annotations
 
 import io
+from collections import Counter
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from rayva.errors import DataError
+from rayva.errors import DataError, RecipeError
 from rayva.progress import Progress, say
 from rayva.recipes.schema import Lengths
 from rayva.storage import Storage
 from rayva.training.dataset import SampleSource
+
+_LOOKED_AT = 256
+
+
+def require_answers(source: SampleSource, stage: str) -> None:
+    """Looks at some samples, spread evenly over all, and warns where answers do not fit `max_tokens`.
+
+    Raises:
+        RecipeError: none keeps an answer, since `conversation.max_tokens` cuts them off.
+        DataError: none has one for other reasons.
+    """
+    if not len(source):
+        return  # the plan tells
+    indices = np.linspace(0, len(source) - 1, min(len(source), _LOOKED_AT), dtype=np.int64).tolist()
+    counts: Counter[str] = Counter()
+    examples = [source.example(index, 0, counts) for index in indices]
+    kept = sum(example is not None and example.supervised > 0 for example in examples)
+    cut = counts["truncated"] + counts["dropped_over_length"]
+    looked_at = f"of {len(indices):,} samples of {stage} that were looked at (of {len(source):,})"
+    limit = f"conversation.max_tokens={source.max_tokens}, of which {source.image_tokens} go to each image"
+    if not kept and cut:
+        lengths = [tokens for tokens, _ in map(source.length, indices) if tokens >= 0]
+        raise RecipeError(
+            f"None {looked_at} keeps an answer to learn from within {limit}: they have {min(lengths):,} to "
+            f"{max(lengths):,} tokens.",
+            f"set conversation.max_tokens={max(lengths)}, or as much of it as the memory allows",
+        )
+    if not kept:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items()))
+        raise DataError(f"None {looked_at} has an answer to learn from: {reasons}.", "look at the data")
+    if lost := counts["without_answer"] + counts["dropped_over_length"]:
+        say(f"warning: {lost:,} {looked_at} keep no answer to learn from within {limit}")
 
 
 def apply_limits(

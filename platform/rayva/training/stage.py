@@ -37,7 +37,7 @@ from rayva.storage import Storage, storage_errors
 from rayva.text.templates import get_template
 from rayva.training.dataset import FeatureReader, SampleSource, StoredFeatures, TextSettings
 from rayva.training.inline import InlineFeatures
-from rayva.training.lengths import apply_limits
+from rayva.training.lengths import apply_limits, require_answers
 from rayva.training.loop import TrainJob, TrainResult
 from rayva.training.plan import Part, TrainingPlan
 from rayva.training.prefetch import VISITED, Ahead
@@ -139,6 +139,7 @@ def samples_and_plan(
     source = _source(work, tokenizer, features)
     kept = work.folder.join(ATTEMPTS, "lengths.npy")
     apply_limits(source, stage.lengths, work.storage, kept, device, keep_lengths)
+    require_answers(source, work.name)
     digest = f"{work.inputs['data'].digest}/{work.name}"
     settings = (stage.batch_size, stage.epochs, stage.seed, digest)
     sizes = source.sizes()

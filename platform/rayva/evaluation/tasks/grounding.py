@@ -24,10 +24,8 @@ from rayva.evaluation.metrics import Answer, accuracies, grounding_figures, tall
 from rayva.evaluation.tasks.base import Item, Picture, Result, Scored, TaskSettings
 from rayva.evaluation.tasks.vqa import answer_kind, read_questions
 from rayva.recipes.schema import Evaluation
-from rayva.steps import StepFolder
+from rayva.steps import SUMMARY, StepFolder, read_summary
 from rayva.storage import Storage
-
-_SUMMARY = "summary.json"
 
 
 class GroundingSettings(TaskSettings):
@@ -105,8 +103,8 @@ def run_step(storage: Storage, name: str) -> StepFolder:
     Raises:
         DataError: there is no run, or the step is not finished.
     """
-    if storage.exists(_SUMMARY):
-        stage = storage.read_json(_SUMMARY)["stages"].get(name)
+    if storage.exists(SUMMARY):
+        stage = read_summary(storage)["stages"].get(name)
         if stage is not None:
             folder = StepFolder(storage, name, stage["digest"])
             if folder.manifest() is not None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rayva.data.locations import file_system, join, parent
+from rayva.data.locations import is_there, join, parent
 from rayva.errors import DataError
 from rayva.evaluation.predictions import read_predictions
 from rayva.evaluation.reading import as_id, as_object, as_text, read_rows
@@ -80,8 +80,7 @@ class LlavaBench:
             )
         for name in names:
             path = join(folder, name)
-            system, place = file_system(path)
-            if system.exists(place):
+            if is_there(path, "llava_bench.folder"):
                 return path
         raise DataError(f"{folder} holds none of {', '.join(names)}", f"set llava_bench.{setting}=FILE")
 
@@ -185,5 +184,5 @@ def find_image(folder: str, name: str) -> str:
     """The image's path; COCO's released names carry a prefix that the questions leave out."""
     plain = join(folder, name)
     prefixed = join(folder, _COCO + name)
-    system, place = file_system(plain)
-    return prefixed if not system.exists(place) and system.exists(file_system(prefixed)[1]) else plain
+    setting = "llava_bench.images"
+    return prefixed if not is_there(plain, setting) and is_there(prefixed, setting) else plain
