@@ -88,6 +88,43 @@ def test_an_answer_is_paid_once_also_in_a_later_process(tmp_path: Path) -> None:
     assert [a.cached for a in again if isinstance(a, ChatAnswer)] == [True] * 20 + [False] * 5
 
 
+def test_the_same_request_in_flight_twice_is_paid_once(tmp_path: Path) -> None:
+    cache = AnswerCache(Storage(str(tmp_path / "s")))
+    with teacher(tmp_path, latency=0.1) as server:
+        # One slot: whoever waits for another's call must not hold it.
+        answers = ask_all(server, [request(n % 2) for n in range(6)], cache, concurrency=1)
+        assert server.calls == 2
+    told = [(a.text, a.cached) for a in answers if isinstance(a, ChatAnswer)]
+    assert told == [(f"echo question {n % 2}", n >= 2) for n in range(6)]
+
+
+def test_who_waits_for_the_same_request_gets_its_error(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("TEST_KEY", "wrong")
+    with teacher(tmp_path, key="right", latency=0.05) as server:
+        errors = ask_all(server, [request(0)] * 3, api_key_env="TEST_KEY")
+        assert [type(error) for error in errors] == [PermanentError] * 3
+        assert server.calls == 1
+        # An error is not kept: a later call asks again.
+        monkeypatch.setenv("TEST_KEY", "right")
+        assert isinstance(ask_all(server, [request(0)], api_key_env="TEST_KEY")[0], ChatAnswer)
+
+
+def test_who_waits_for_a_request_that_is_cancelled_asks_itself(tmp_path: Path) -> None:
+    async def run(server: Running) -> list[ChatAnswer | BaseException]:
+        async with ChatClient(Endpoint(server.base_url, concurrency=1)) as client:
+            calls = [asyncio.create_task(client.ask(request(0))) for _ in range(4)]
+            while server.calls == 0:
+                await asyncio.sleep(0.01)
+            calls[1].cancel()  # one that waits takes nobody with it
+            calls[0].cancel()
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+    with teacher(tmp_path, latency=0.1) as server:
+        answers = asyncio.run(run(server))
+        assert server.calls == 2
+    assert [type(a) for a in answers] == [asyncio.CancelledError] * 2 + [ChatAnswer] * 2
+
+
 def test_another_sampling_or_attempt_is_another_question() -> None:
     base = ChatRequest("m", ({"role": "user", "content": "q"},))
     others = [
@@ -136,6 +173,16 @@ def test_limits_on_requests_and_tokens_hold_calls_back(tmp_path: Path) -> None:
         started = time.monotonic()
         ask_all(server, [request(n) for n in range(55)], requests_per_minute=600, concurrency=64)
         assert time.monotonic() - started >= 0.4
+
+
+def test_calls_that_wait_for_a_limit_keep_a_pause_that_is_asked_for_meanwhile(tmp_path: Path) -> None:
+    # 1200 tokens a minute: 100 at once, then 20 a second. The first call is answered with 429 while the
+    # second, for which the limit has room about half a second later, waits for it.
+    with teacher(tmp_path, faults=["retry_after"], pause=1.0, prompt_tokens=1) as server:
+        answers = ask_all(server, [request(0, 10), request(1, 80)], tokens_per_minute=1200, concurrency=2)
+        stats = server.stats()
+    assert all(isinstance(answer, ChatAnswer) for answer in answers)
+    assert (stats["calls"], stats["early"]) == (3, 0)
 
 
 @pytest.mark.parametrize("url", ["ftp://x/v1", "localhost:8000", "http://user:hunter2@host/v1"])

@@ -13,7 +13,7 @@ import os
 import random
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -103,6 +103,8 @@ class ChatClient:
         self._budget, self._price = budget or Budget(None), price
         self._limit = RateLimit(endpoint.requests_per_minute, endpoint.tokens_per_minute)
         self._slots = asyncio.Semaphore(endpoint.concurrency)
+        self._in_flight: dict[str, asyncio.Future[ChatAnswer]] = {}
+        """What calls being made will answer, by digest."""
         self._settled = asyncio.Condition()
         self._resume_at = 0.0
         """When calls may start again after the endpoint has asked for a pause (monotonic clock)."""
@@ -130,7 +132,7 @@ class ChatClient:
             await self._session.close()
 
     async def ask(self, request: ChatRequest) -> ChatAnswer:
-        """The answer to `request`.
+        """The answer to `request`. While the same is being asked already, that call's outcome is awaited.
 
         Raises:
             BudgetSpent: the call might cost more than is left.
@@ -138,11 +140,35 @@ class ChatClient:
             PassingError: it still failed after all attempts.
             StorageError: the answer cannot be kept.
         """
-        if self._cache is not None and (known := self._cache.get(request)) is not None:
-            return known
+        while True:
+            if self._cache is not None and (known := self._cache.get(request)) is not None:
+                return known
+            if (ahead := self._in_flight.get(request.digest)) is None:
+                return await self._ask_first(request)
+            await asyncio.wait([ahead])  # unlike `await ahead`, does not cancel it together with this caller
+            if not ahead.cancelled():
+                return replace(ahead.result(), cached=True)
+
+    async def _ask_first(self, request: ChatRequest) -> ChatAnswer:
+        """Asks, and tells the outcome to whoever asks the same meanwhile; they go on if this is cancelled."""
+        outcome: asyncio.Future[ChatAnswer] = asyncio.get_running_loop().create_future()
+        self._in_flight[request.digest] = outcome
+        try:
+            answer = await self._ask(request)
+            outcome.set_result(answer)
+            return answer
+        except Exception as error:
+            outcome.set_exception(error)
+            outcome.exception()  # nobody else may be waiting for it
+            raise
+        finally:
+            outcome.cancel()  # does nothing where there is an outcome
+            del self._in_flight[request.digest]
+
+    async def _ask(self, request: ChatRequest) -> ChatAnswer:
+        """Calls until there is an answer, as often as the endpoint allows."""
         async with self._slots:
             for attempt in range(1, self._endpoint.attempts + 1):
-                await self._pause()
                 try:
                     return await self._paid_call(request)
                 except PassingError as error:
@@ -151,6 +177,16 @@ class ChatClient:
                         raise PassingError(f"{error} (after {attempt} attempts)") from error
                     await self._wait(attempt, error.retry_after)
         raise AssertionError("unreachable")
+
+    async def _admitted(self, tokens: int) -> None:
+        """Waits until neither the endpoint's own words nor the limits hold a call of `tokens` tokens back."""
+        while True:
+            await self._pause()
+            await self._limit.acquire(tokens)
+            if time.monotonic() >= self._resume_at:
+                return
+            # A pause was asked for meanwhile: the call starts later, and counts then.
+            self._limit.give_back(tokens)
 
     async def _pause(self) -> None:
         while (left := self._resume_at - time.monotonic()) > 0:
@@ -196,7 +232,7 @@ class ChatClient:
 
         assert self._session is not None, "use the client as an async context manager"
         estimated = request.estimated_prompt_tokens() + request.sampling.max_tokens
-        await self._limit.acquire(estimated)
+        await self._admitted(estimated)
         url = f"{self._endpoint.base_url.rstrip('/')}/chat/completions"
         started = time.monotonic()
         self.calls += 1
