@@ -12,14 +12,8 @@ from rayva.errors import DataError
 from rayva.orchestration.console import guarded
 from rayva.orchestration.entry import storage_root
 from rayva.orchestration.faults import user_error
-from rayva.orchestration.generate_run import (
-    Plan,
-    forecast,
-    make_plan,
-    read_batches,
-    run,
-    write_batch_files,
-)
+from rayva.orchestration.generate_batch import read_batches
+from rayva.orchestration.generate_run import Plan, forecast, make_plan, run
 from rayva.provenance import REPOSITORY
 from rayva.recipes import resolve
 from rayva.storage import Storage
@@ -125,9 +119,8 @@ def _run(options: argparse.Namespace) -> int:
             raise
         raise known from error
     _show(plan, summary)
-    if plan.settings.teacher == "batch" and not summary.get("finished_before"):
-        for uri in write_batch_files(plan):  # none, and the old ones go, where all is answered
-            _tell(f"To be given to the batch API: {uri}")
+    if not summary.get("finished_before"):
+        _show_batch(summary.get("batch"))
     return UNFINISHED if summary["unfinished"] else 0
 
 
@@ -187,6 +180,22 @@ def _show(plan: Plan, summary: dict[str, Any]) -> None:
     if summary["unfinished"]:
         left = {k: v for k, v in summary["statuses"].items() if k in ("failed", "stopped", "waiting")}
         _tell(f"Unfinished: {left}. The same command goes on; a budget wants a higher --max-cost.")
+
+
+def _show_batch(batch: dict[str, Any] | None) -> None:
+    """What is to be given to the batch API now; None for another teacher."""
+    if batch is None:
+        return
+    for uri in batch["uris"]:
+        _tell(f"To be given to the batch API: {uri}")
+    if batch["uris"] and batch["cost_at_most"]:
+        _tell(f"These {batch['requests']:,} requests cost at most ${batch['cost_at_most']:.4f}.")
+    if batch["left_out"]:
+        first = "read the results of these first, or " if batch["uris"] else ""
+        _tell(
+            f"{batch['left_out']:,} more requests might pass --max-cost and were left out: {first}"
+            "give a higher --max-cost, with the same command."
+        )
 
 
 def _tell(text: str) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import io
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -18,14 +18,15 @@ from rayva.data.schema import ImageRecord, Question
 from rayva.errors import DataError, RecipeError
 from rayva.evaluation.grounding import GATE_TASK
 from rayva.instruct.contexts import BadContext, Context, from_coco, from_images, read_contexts
-from rayva.instruct.generator import Attempt, Outcome, judge
+from rayva.instruct.generator import Attempt, Outcome
 from rayva.instruct.prompts import PromptSet
 from rayva.instruct.tasks import KINDS, Task, plan_tasks
-from rayva.instruct.teachers import Requests, batch_lines, read_batch_results
+from rayva.instruct.teachers import Requests
 from rayva.llm.cache import AnswerCache
 from rayva.llm.prices import Price, Prices
 from rayva.lock import JobLock
 from rayva.orchestration import generate_training as training
+from rayva.orchestration.generate_batch import write_batch_files
 from rayva.orchestration.generate_report import GenerationReport, render_report
 from rayva.provenance import code_version
 from rayva.recipes import Recipe, to_dict
@@ -41,8 +42,6 @@ _SPEED = {
     "base_url", "input", "coco_captions", "coco_instances", "prompts",
 }  # fmt: skip
 """Settings that do not decide the result; files count with their content instead."""
-_BATCH_FILE_REQUESTS = 50_000
-"""The batch API takes no more in one file."""
 
 
 @dataclass
@@ -202,53 +201,6 @@ def _example_tokens(messages: Sequence[dict[str, Any]]) -> int:
     return sum(len(text.encode()) // 4 for text in answers) // max(1, len(answers))
 
 
-def write_batch_files(plan: Plan) -> list[str]:
-    """Writes what has no answer yet as files for a batch API; returns their URIs.
-
-    A task whose answer was rejected is asked for again, as often as `attempts` allows.
-    """
-    requests = Requests(plan.settings, plan.prompts)
-    cache = AnswerCache(plan.storage)
-    waiting = [
-        r for r in (_next_request(plan, requests, cache, task) for task in plan.tasks) if r is not None
-    ]
-    cache.close()
-    for name in plan.storage.list(plan.folder.join("batch")):
-        plan.storage.delete(plan.folder.join("batch", name))
-    written = []
-    for number, start in enumerate(range(0, len(waiting), _BATCH_FILE_REQUESTS), start=1):
-        rel = plan.folder.join("batch", f"requests-{number:03d}.jsonl")
-        lines = batch_lines(waiting[start : start + _BATCH_FILE_REQUESTS])
-        plan.storage.write_bytes(rel, "".join(f"{line}\n" for line in lines).encode())
-        written.append(plan.storage.uri(rel))
-    return written
-
-
-def _next_request(plan: Plan, requests: Requests, cache: AnswerCache, task: Task) -> Any:
-    """The first request of a task that has no answer, if all before it were rejected."""
-    for attempt in range(plan.settings.attempts):
-        request = requests.of(task, attempt)
-        answer = cache.get(request)
-        if answer is None:
-            return request
-        if not judge(task, answer, plan.settings.seed)[1].reason:
-            return None
-    return None
-
-
-def read_batches(plan: Plan, uris: Sequence[str]) -> dict[str, int]:
-    """Puts the answers of a batch API's result files into the cache; returns counts over all files."""
-    requests = Requests(plan.settings, plan.prompts)
-    attempts = range(plan.settings.attempts)
-    by_digest = {r.digest: r for t in plan.tasks for r in (requests.of(t, n) for n in attempts)}
-    cache = AnswerCache(plan.storage)
-    counts: Counter[str] = Counter()
-    for uri in uris:
-        counts.update(read_batch_results(absolute(uri), by_digest.get, cache))
-    cache.close()
-    return dict(counts)
-
-
 def run(plan: Plan, start: bool = True) -> dict[str, Any]:
     """Asks the teacher and writes the outputs; returns the summary.
 
@@ -271,6 +223,9 @@ def run(plan: Plan, start: bool = True) -> dict[str, Any]:
             start_ray(serving_recipe(plan.recipe.serving), storage)
             outcomes = dict(run_tasks(work, folder.join("tasks.parquet"), len(plan.tasks)))
             summary = write_outputs(plan, work, outcomes, clock.seconds)
+            if plan.settings.teacher == "batch":
+                # None, and the old ones go, where all is answered.
+                summary["batch"] = asdict(write_batch_files(plan, outcomes, work.price()))
             tracker.metrics(_metrics(summary))
             for name in ("report.html", "samples.parquet", "rejects.parquet"):
                 tracker.artifact(folder.join(name))
