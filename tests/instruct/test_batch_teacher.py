@@ -1,6 +1,5 @@
 """pipelines/generate.py with files of a batch API in place of an endpoint: from first file to last."""
 
-import asyncio
 import gzip
 import json
 import random
@@ -16,18 +15,15 @@ import pytest
 
 from rayva.errors import DataError
 from rayva.instruct.contexts import Context
-from rayva.instruct.generator import Generator, Outcome
 from rayva.instruct.prompts import PromptSet
 from rayva.instruct.tasks import KINDS, Task
-from rayva.instruct.teachers import BatchTeacher, Requests, batch_lines, read_batch_results
+from rayva.instruct.teachers import Requests, batch_lines, read_batch_results
 from rayva.llm.cache import AnswerCache
-from rayva.llm.prices import Price
-from rayva.orchestration.generate import Work
 from rayva.orchestration.generate_batch import BatchFiles, read_batches, split_lines, write_batch_files
-from rayva.orchestration.generate_run import Plan, make_plan
-from rayva.recipes import resolve
+from rayva.orchestration.generate_run import Plan
 from rayva.recipes.schema import Generation
 from rayva.storage import Storage
+from tests.instruct.planned import batch_plan, outcomes_of, price_of
 from tests.llm.teacher import in_format
 
 DOG = Context("7", "7.jpg", ("A dog runs over the grass.",))
@@ -118,38 +114,6 @@ def test_from_the_first_file_to_the_last(tmp_path: Path) -> None:
     assert not list(storage.glob("steps/generate-*/batch/*"))
 
 
-def _plan(folder: Path, captions: list[str], **settings: Any) -> Plan:
-    """One description for each caption, by a batch API; a token costs a thousandth of a dollar."""
-    rows = [{"id": f"i{n}", "image": f"i{n}.jpg", "captions": [text]} for n, text in enumerate(captions)]
-    (folder / "contexts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "prices.yaml").write_text("m: {prompt: 1000, completion: 1000}\n")
-    given = {
-        "teacher": "batch", "model": "m", "input": folder / "contexts.jsonl", "kinds": "[0,1,0]",
-        "samples": len(captions), "prices": folder / "prices.yaml", **settings,
-    }  # fmt: skip
-    recipe = resolve("tiny", None, [f"generation.{key}={value}" for key, value in given.items()])
-    return make_plan(recipe, Storage(str(folder / "storage")))
-
-
-def _outcomes(plan: Plan) -> dict[int, Outcome]:
-    """What the actor would make of the answers that there are."""
-    cache = AnswerCache(plan.storage)
-    teacher = BatchTeacher(cache, Requests(plan.settings, plan.prompts))
-    generator = Generator(teacher, plan.settings.attempts, plan.settings.seed)
-
-    async def all_of_them() -> dict[int, Outcome]:
-        return {number: await generator.generate(task) for number, task in enumerate(plan.tasks)}
-
-    try:
-        return asyncio.run(all_of_them())
-    finally:
-        cache.close()
-
-
-def _price(plan: Plan) -> Price:
-    return Work(plan.settings, plan.storage).price()
-
-
 def _asked(files: BatchFiles) -> list[dict[str, Any]]:
     return [json.loads(line) for uri in files.uris for line in Path(uri).read_text().splitlines()]
 
@@ -161,45 +125,47 @@ def _answer(plan: Plan, folder: Path, rows: list[dict[str, Any]], text: str | No
 
 
 def test_answers_that_come_twice_are_asked_again_and_end(tmp_path: Path) -> None:
-    plan = _plan(tmp_path, ["A dog runs.", "A cat sits."], attempts=3)
+    plan = batch_plan(tmp_path, ["A dog runs.", "A cat sits."], attempts=3)
     canned = "There is something to be seen in this picture, and it is worth a long look at the whole of it."
     asked = []
     for _ in range(plan.settings.attempts):
-        files = write_batch_files(plan, _outcomes(plan), _price(plan))
+        files = write_batch_files(plan, outcomes_of(plan), price_of(plan))
         asked.append(files.requests)
         _answer(plan, tmp_path, _asked(files), canned)
-    outcomes = _outcomes(plan)
+    outcomes = outcomes_of(plan)
     assert asked == [2, 1, 1]
     assert [outcome.status for outcome in outcomes.values()] == ["accepted", "rejected"]
     assert [attempt.reason for attempt in outcomes[1].attempts] == ["duplicate"] * 3
-    assert write_batch_files(plan, outcomes, _price(plan)).uris == []
+    assert write_batch_files(plan, outcomes, price_of(plan)).uris == []
 
 
 def test_the_same_request_is_written_once(tmp_path: Path) -> None:
-    plan = _plan(tmp_path, ["A dog runs."] * 3)
-    files = write_batch_files(plan, _outcomes(plan), _price(plan))
+    plan = batch_plan(tmp_path, ["A dog runs."] * 3)
+    files = write_batch_files(plan, outcomes_of(plan), price_of(plan))
     assert (files.requests, len(_asked(files))) == (1, 1)
     _answer(plan, tmp_path, _asked(files))
-    assert [outcome.status for outcome in _outcomes(plan).values()] == ["accepted", "waiting", "waiting"]
+    assert [outcome.status for outcome in outcomes_of(plan).values()] == ["accepted", "waiting", "waiting"]
 
 
 def test_max_cost_holds_for_batch_files(tmp_path: Path) -> None:
     captions = [f"Dog number {n} runs over the grass." for n in range(6)]
-    all_files = write_batch_files(whole := _plan(tmp_path, captions), _outcomes(whole), _price(whole))
+    all_files = write_batch_files(
+        whole := batch_plan(tmp_path, captions), outcomes_of(whole), price_of(whole)
+    )
     assert (all_files.requests, all_files.left_out) == (6, 0)
     each = all_files.cost_at_most / 6
-    plan = _plan(tmp_path, captions, max_cost=2.5 * each)
-    files = write_batch_files(plan, _outcomes(plan), _price(plan))
+    plan = batch_plan(tmp_path, captions, max_cost=2.5 * each)
+    files = write_batch_files(plan, outcomes_of(plan), price_of(plan))
     assert (files.requests, files.left_out) == (2, 4)
     assert files.cost_at_most == pytest.approx(2 * each)
     assert files.cost_at_most <= 2.5 * each
     # The answers cost 150 tokens each, much less than they might have: there is room for another request.
     _answer(plan, tmp_path, _asked(files))
-    more = write_batch_files(plan, _outcomes(plan), _price(plan))
+    more = write_batch_files(plan, outcomes_of(plan), price_of(plan))
     assert 0.3 + more.cost_at_most <= 2.5 * each < 0.3 + more.cost_at_most + each
     assert more.requests + more.left_out == 4
-    spent = _plan(tmp_path, captions, max_cost=0.3)
-    assert write_batch_files(spent, _outcomes(spent), _price(spent)).requests == 0
+    spent = batch_plan(tmp_path, captions, max_cost=0.3)
+    assert write_batch_files(spent, outcomes_of(spent), price_of(spent)).requests == 0
 
 
 def test_files_are_no_larger_than_the_batch_api_takes() -> None:

@@ -52,6 +52,10 @@ class AnswerCache:
         """All that may have been paid for: answers, and those that were lost at their worst case."""
         return (ChatAnswer(**row["answer"]) for row in (*self._answers.values(), *self._lost))
 
+    def lost(self) -> list[tuple[str, ChatAnswer]]:
+        """Calls that broke off and may be billed: the request's digest, and the worst case."""
+        return [(row["digest"], ChatAnswer(**row["answer"])) for row in self._lost]
+
     def get(self, request: ChatRequest) -> ChatAnswer | None:
         """The answer to `request`, or None if it has not been asked."""
         row = self._answers.get(request.digest)

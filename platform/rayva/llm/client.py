@@ -217,7 +217,7 @@ class ChatClient:
                 await self._cache.put(request, answer)
             return answer
         except PassingError as error:
-            if error.billed and worst > 0:
+            if error.billed:
                 paid = worst
                 if self._cache is not None:
                     await self._cache.put_lost(request)

@@ -13,6 +13,7 @@ from rayva.orchestration.console import guarded
 from rayva.orchestration.entry import storage_root
 from rayva.orchestration.faults import user_error
 from rayva.orchestration.generate_batch import read_batches
+from rayva.orchestration.generate_costs import told
 from rayva.orchestration.generate_run import Plan, forecast, make_plan, run
 from rayva.provenance import REPOSITORY
 from rayva.recipes import resolve
@@ -168,7 +169,7 @@ def _show(plan: Plan, summary: dict[str, Any]) -> None:
         _tell(f"{count} samples failed: {error}")
     _tell(
         f"tokens: {summary['prompt_tokens']:,} prompt, {summary['completion_tokens']:,} answer; "
-        f"${summary['cost']:.4f}"
+        f"{told(summary)}"
     )
     _tell(f"LLaVA JSON: {summary['json']}")
     if summary["images"]:

@@ -27,6 +27,7 @@ from rayva.llm.prices import Price, Prices
 from rayva.lock import JobLock
 from rayva.orchestration import generate_training as training
 from rayva.orchestration.generate_batch import write_batch_files
+from rayva.orchestration.generate_costs import Costs, costs_of
 from rayva.orchestration.generate_report import GenerationReport, render_report
 from rayva.provenance import code_version
 from rayva.recipes import Recipe, to_dict
@@ -254,8 +255,11 @@ def _tracked(plan: Plan) -> Iterator[Any]:
     tracker.close("FINISHED")
 
 
+_FIGURES = ("samples", "rejected_answers", "cost", "cost_at_most", "lost_calls")
+
+
 def _metrics(summary: dict[str, Any]) -> dict[str, float]:
-    figures = {f"generate/{name}": float(summary[name]) for name in ("samples", "rejected_answers", "cost")}
+    figures = {f"generate/{name}": float(summary[name]) for name in _FIGURES}
     figures |= {f"generate/kind/{kind}": float(n) for kind, n in summary["by_kind"].items()}
     return figures | {f"generate/rejected/{why}": float(n) for why, n in summary["reasons"].items()}
 
@@ -287,7 +291,7 @@ def write_outputs(plan: Plan, work: Work, outcomes: dict[int, Outcome], seconds:
                 rejected.append({**base, **why, **about})
             else:
                 accepted.append({**base, "conversations": _conversation(outcome), **about})
-    summary = _summary(plan, outcomes, accepted, rejected)
+    summary = _summary(plan, outcomes, accepted, rejected, costs_of(plan, outcomes, price))
     llava = [{key: row[key] for key in ("id", "image", "conversations")} for row in accepted]
     training.write_rows(plan.folder, "samples.json", llava)
     _write_table(plan, "samples.parquet", accepted, _SAMPLES)
@@ -320,7 +324,11 @@ def _provenance(plan: Plan, task: Task, tried: int, attempt: Attempt, price: Pri
 
 
 def _summary(
-    plan: Plan, outcomes: dict[int, Outcome], accepted: Sequence[Any], rejected: Sequence[Any]
+    plan: Plan,
+    outcomes: dict[int, Outcome],
+    accepted: Sequence[Any],
+    rejected: Sequence[Any],
+    costs: Costs,
 ) -> dict[str, Any]:
     statuses = Counter(outcome.status for outcome in outcomes.values())
     errors = Counter(o.error[:120] for o in outcomes.values() if o.status == "failed")
@@ -333,9 +341,7 @@ def _summary(
         "reasons": dict(Counter(row["reason"] for row in rejected).most_common()),
         "errors": dict(errors.most_common(5)),
         "bad_contexts": dict(plan.inputs.bad),
-        "prompt_tokens": sum(row["prompt_tokens"] for row in (*accepted, *rejected)),
-        "completion_tokens": sum(row["completion_tokens"] for row in (*accepted, *rejected)),
-        "cost": sum(row["cost"] for row in (*accepted, *rejected)),
+        **asdict(costs),
         "unfinished": statuses["failed"] + statuses["stopped"] + statuses["waiting"],
         "json": plan.storage.uri(plan.folder.join("samples.json")),
         "images": plan.storage.uri(plan.folder.join(training.IMAGES)) if plan.inputs.images else None,

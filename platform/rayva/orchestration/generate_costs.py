@@ -1,0 +1,82 @@
+"""What a run of instruction generation has cost, and what it may have cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rayva.instruct.generator import Outcome
+from rayva.instruct.teachers import Requests
+from rayva.llm.cache import AnswerCache
+from rayva.llm.prices import Price
+from rayva.llm.request import ChatAnswer
+
+if TYPE_CHECKING:
+    from rayva.orchestration.generate_run import Plan
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Tokens and dollars of a run.
+
+    Attributes:
+        prompt_tokens, completion_tokens, cost: of its answers; one that two samples share counts once.
+        lost_calls: calls that broke off and may be billed (cut, timed out, no JSON).
+        cost_at_most: `cost`, and those calls with their longest answers.
+    """
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float = 0.0
+    lost_calls: int = 0
+    cost_at_most: float = 0.0
+
+
+def costs_of(plan: Plan, outcomes: Mapping[int, Outcome], price: Price) -> Costs:
+    """The costs of all that was asked for `outcomes`, in this process or before."""
+    if plan.settings.teacher == "symbolic":
+        return Costs()
+    paid = _paid(plan, outcomes)
+    lost = _lost(plan)
+    cost = sum(price.of_answer(answer) for answer in paid)
+    return Costs(
+        prompt_tokens=sum(answer.prompt_tokens for answer in paid),
+        completion_tokens=sum(answer.completion_tokens for answer in paid),
+        cost=cost,
+        lost_calls=len(lost),
+        cost_at_most=cost + sum(price.of_answer(answer) for answer in lost),
+    )
+
+
+def _paid(plan: Plan, outcomes: Mapping[int, Outcome]) -> list[ChatAnswer]:
+    """Each answer once: samples about contexts that are alike have the same request."""
+    requests = Requests(plan.settings, plan.prompts)
+    by_digest = {
+        requests.of(plan.tasks[number], tried).digest: attempt.answer
+        for number, outcome in outcomes.items()
+        for tried, attempt in enumerate(outcome.attempts)
+    }
+    return list(by_digest.values())
+
+
+def _lost(plan: Plan) -> list[ChatAnswer]:
+    """Calls of this run that broke off, at their worst case; the storage may hold those of others, too."""
+    cache = AnswerCache(plan.storage)
+    lost = cache.lost()
+    cache.close()
+    if not lost:
+        return []
+    requests = Requests(plan.settings, plan.prompts)
+    attempts = range(plan.settings.attempts)
+    own = {requests.of(task, attempt).digest for task in plan.tasks for attempt in attempts}
+    return [answer for digest, answer in lost if digest in own]
+
+
+def told(summary: Mapping[str, Any]) -> str:
+    """The dollars of a run's summary for people to read."""
+    cost = f"${summary['cost']:.4f}"
+    if not summary.get("lost_calls"):
+        return cost
+    calls = f"{summary['lost_calls']:,} call{'s' if summary['lost_calls'] != 1 else ''}"
+    return f"{cost} (at most ${summary['cost_at_most']:.4f}: {calls} broke off and may be billed)"
