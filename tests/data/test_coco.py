@@ -92,7 +92,7 @@ def test_caption_box_lines_and_their_faults(tmp_path):
         {**good, "captions": []},
         {**good, "instances": [{"category": "cat", "bbox": [0, 0, 1]}]},
         {**good, "instances": [{"bbox": [0, 0, 1, 1]}]},
-        {**good, "instances": [{"category": "cat", "bbox": [0.5, 0, 0.5, 1]}]},
+        {**good, "instances": [{"category": "cat", "bbox": [0.5, 0, 0.4, 1]}]},
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     rejects = []
@@ -107,6 +107,31 @@ def test_caption_box_lines_and_their_faults(tmp_path):
         "unknown_category",
         "bad_box",
     ]
+
+
+def test_boxes_without_an_area_are_left_out_and_told(tmp_path, annotations):
+    """COCO has some; those wholly outside the picture refuse it."""
+    (tmp_path / "a.jpg").write_bytes(b"picture")
+    flat, good, crowd = ({"category": "cat", "bbox": [x, 0, 0.5, 1], **more}
+                         for x, more in ((0.5, {}), (0, {}), (0, {"iscrowd": 1})))  # fmt: skip
+    rows = [{"image": "a.jpg", "captions": ["A cat."], "instances": [flat, good, flat, crowd]}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0]))
+    rejects = []
+    [record] = read_caption_boxes(str(tmp_path / "rows.jsonl"), str(tmp_path), "train", rejects)
+    assert record.instances == (Instance("cat", (0.0, 0.0, 0.5, 1.0)),)
+    assert [(r.row_id, r.reason) for r in rejects] == [("row-0", "empty_box")]
+
+    instances = json.loads((annotations / "instances.json").read_text())
+    for box in ([296.65, 388.33, 1.03, 0.0], [10, 10, 0, 5]):
+        instances["annotations"].append({"image_id": 1, "category_id": 17, "bbox": box, "iscrowd": 0})
+    (annotations / "instances.json").write_text(json.dumps(instances))
+    files = (str(annotations / "captions.json"), str(annotations / "instances.json"))
+    rejects = []
+    [record] = read_coco(*files, str(annotations), "train", rejects)
+    assert len(record.instances) == 1
+    assert ("1", "empty_box") in {(r.row_id, r.reason) for r in rejects}
+    with pytest.raises(BadRow, match="inside"):
+        normalise_box([300, 10, 20, 20], 200, 100)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/llava_data beside the project")

@@ -90,7 +90,7 @@ def read_task(row: dict[str, Any]) -> Task:
     """The task of a row that `write_tasks` wrote."""
     raw = json.loads(row["context"])
     instances = tuple(Instance(i["category"], tuple(i["bbox"])) for i in raw["instances"])
-    context = Context(raw["id"], raw["image"], tuple(raw["captions"]), instances)
+    context = Context(raw["id"], raw["image"], tuple(raw["captions"]), instances, tuple(raw["crowds"]))
     return Task(row["kind"], row["repeat"], context)
 
 

@@ -165,6 +165,8 @@ def _show(plan: Plan, summary: dict[str, Any]) -> None:
         _tell(f"{summary['rejected_answers']:,} answers were rejected: {summary['reasons']}")
     if summary["bad_contexts"]:
         _tell(f"unusable contexts: {summary['bad_contexts']}")
+    if empty := summary.get("empty_boxes"):
+        _tell(f"boxes without an area that were left out: {empty:,}")
     for error, count in summary["errors"].items():
         _tell(f"{count} samples failed: {error}")
     _tell(

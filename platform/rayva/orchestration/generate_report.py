@@ -82,6 +82,8 @@ def _head(report: GenerationReport) -> str:
 def _reasons(report: GenerationReport) -> str:
     reasons = {**report.summary["reasons"]}
     reasons |= {f"context: {why}": n for why, n in report.summary["bad_contexts"].items()}
+    if empty := report.summary.get("empty_boxes"):
+        reasons["box without an area"] = empty
     reasons |= {f"failed: {why}": n for why, n in report.summary["errors"].items()}
     if not reasons:
         return "<h2>What was rejected</h2><p>Nothing.</p>"

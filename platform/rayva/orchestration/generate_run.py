@@ -341,6 +341,7 @@ def _summary(
         "reasons": dict(Counter(row["reason"] for row in rejected).most_common()),
         "errors": dict(errors.most_common(5)),
         "bad_contexts": dict(plan.inputs.bad),
+        "empty_boxes": sum(context.empty_boxes for context in plan.inputs.contexts),
         **asdict(costs),
         "unfinished": statuses["failed"] + statuses["stopped"] + statuses["waiting"],
         "json": plan.storage.uri(plan.folder.join("samples.json")),
