@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayva.data.coco import normalise_box, read_caption_boxes, read_coco
+from rayva.data.coco import normalise_box, read_box, read_caption_boxes, read_coco
 from rayva.data.quarantine import BadRow
 from rayva.data.schema import Instance
 from rayva.errors import DataError
@@ -52,6 +52,27 @@ def test_boxes_are_optional(annotations):
     (record,) = read_coco(str(annotations / "captions.json"), None, str(annotations), "test", [])
     assert record.instances == ()
     assert record.split == "test"
+
+
+def test_captions_that_are_no_text_and_sizes_that_only_the_boxes_have(annotations):
+    captions = json.loads((annotations / "captions.json").read_text())
+    captions["annotations"] += [{"image_id": 3, "caption": None}, {"image_id": 1, "caption": 7}]
+    for image in captions["images"]:
+        del image["width"], image["height"]
+    (annotations / "captions.json").write_text(json.dumps(captions))
+    rejects = []
+    files = (str(annotations / "captions.json"), str(annotations / "instances.json"))
+    (record,) = read_coco(*files, str(annotations), "train", rejects)
+    assert record.captions == ("A cat.", "Two cats")
+    assert record.instances == (Instance("cat", (0.25, 0.25, 0.75, 0.75)),)
+    assert {(r.row_id, r.reason) for r in rejects} == {("2", "missing_image"), ("3", "no_caption")}
+
+
+def test_boxes_in_pixels_are_no_normalised_ones():
+    assert read_box([-0.01, 0, 1.002, 1]) == (0, 0, 1, 1)
+    with pytest.raises(BadRow, match="pixels") as caught:
+        read_box([0, 0, 120, 80])
+    assert "from 0 to 1" in caught.value.detail
 
 
 @pytest.mark.parametrize(

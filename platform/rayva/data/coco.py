@@ -21,6 +21,8 @@ from rayva.errors import DataError
 Box = tuple[float, float, float, float]
 MAX_PIXELS = 1e7
 """No picture has a longer side; this also keeps NaN and infinity out."""
+_FAR_OUTSIDE = 2.0
+"""A normalised box may reach over the picture's edge a little; such a coordinate is one in pixels."""
 
 
 class EmptyBox(BadRow):
@@ -111,13 +113,18 @@ def coco_annotations(captions: str, instances: str | None) -> Iterator[Annotated
     listed, captions_of = _annotations(captions, "captions")
     boxes_of: dict[str, list[dict[str, Any]]] = {}
     names: dict[str, str] = {}
+    sizes: dict[str, dict[str, Any]] = {}
     if instances is not None:
         more, boxes_of = _annotations(instances, "instances")
         names = {str(c.get("id")): str(c.get("name")) for c in _section(instances, more, "categories")}
+        if "images" in more:
+            sizes = {str(image.get("id")): image for image in _section(instances, more, "images")}
     for image in _section(captions, listed, "images"):
         key = str(image.get("id"))
-        texts = [str(a.get("caption", "")).strip() for a in captions_of.get(key, ())]
-        yield AnnotatedImage(image, texts, boxes_of.get(key, []), names)
+        told = (annotation.get("caption") for annotation in captions_of.get(key, ()))
+        texts = [text.strip() for text in told if isinstance(text, str)]
+        # Files of captions alone may leave the size out, which boxes need.
+        yield AnnotatedImage({**sizes.get(key, {}), **image}, texts, boxes_of.get(key, []), names)
 
 
 def read_caption_boxes(uri: str, images: str, split: Split, rejects: list[Rejected]) -> Iterator[ImageRecord]:
@@ -164,6 +171,8 @@ def read_box(box: object) -> Box:
     if not isinstance(box, list) or len(box) != 4:
         raise BadRow("bad_box", f"{box!r} is no box")
     x1, y1, x2, y2 = (_number(v) for v in box)
+    if max(map(abs, (x1, y1, x2, y2))) > _FAR_OUTSIDE:
+        raise BadRow("bad_box", f"{box!r} is in pixels; give corners (x1, y1, x2, y2) from 0 to 1")
     if min(x2 - x1, y2 - y1) == 0:
         raise EmptyBox("bad_box", f"{box!r} has no area")
     return _valid((x1, y1, x2, y2))
@@ -173,7 +182,7 @@ def _record_of_row(row: dict[str, Any], folder: ImageFolder, split: Split) -> tu
     if not isinstance(row.get("image"), str):
         raise BadRow("bad_image_field", "the row has no `image`")
     captions, objects = read_lists(row.get("captions"), row.get("instances", []))
-    texts = tuple(str(caption).strip() for caption in captions)
+    texts = tuple(caption.strip() for caption in captions if isinstance(caption, str))
     return _complete(row["image"], texts, objects.instances, folder, split), objects
 
 
