@@ -70,6 +70,21 @@ def test_a_server_that_is_away_is_given_up_after_the_attempts(tmp_path: Path) ->
     assert "after 3 attempts" in str(error)
 
 
+def test_a_server_that_goes_on_failing_is_given_up(tmp_path: Path) -> None:
+    with teacher(tmp_path, faults=["server_error"] * 200) as server:
+        errors = ask_all(server, [request(n) for n in range(80)], attempts=2, concurrency=1)
+        assert server.calls == 2 * 50
+    assert all(isinstance(error, PassingError) for error in errors)
+    assert "no more calls: 50 in a row have failed" in str(errors[-1])
+
+
+def test_failures_with_successes_between_them_are_no_row(tmp_path: Path) -> None:
+    with teacher(tmp_path, faults=["server_error"] * 60, every=2) as server:
+        answers = ask_all(server, [request(n) for n in range(140)], attempts=1, concurrency=1)
+        assert server.calls == 140
+    assert sum(isinstance(answer, ChatAnswer) for answer in answers) == 80
+
+
 def test_no_more_calls_in_flight_than_allowed(tmp_path: Path) -> None:
     with teacher(tmp_path, latency=0.05) as server:
         started = time.monotonic()

@@ -41,6 +41,8 @@ _QUOTA = ("insufficient_quota", "billing_hard_limit_reached")
 """Codes of a 429 that no waiting helps against."""
 _MAX_DELAY_SECONDS = 60.0
 _MAX_RETRY_AFTER_SECONDS = 600.0
+_FAILURES_IN_A_ROW = 50
+"""Without any success between them; then an endpoint is away, and to ask on would take days."""
 
 
 class BudgetSpent(LLMError):
@@ -111,6 +113,7 @@ class ChatClient:
         self._session: aiohttp.ClientSession | None = None
         self.calls = 0
         """HTTP requests made."""
+        self._failed_in_a_row = 0
         self.errors: Counter[str] = Counter()
         """Passing errors that were met, by kind."""
 
@@ -166,16 +169,27 @@ class ChatClient:
             del self._in_flight[request.digest]
 
     async def _ask(self, request: ChatRequest) -> ChatAnswer:
-        """Calls until there is an answer, as often as the endpoint allows."""
+        """Calls until there is an answer, as often as the endpoint allows.
+
+        An endpoint that has failed at many requests in a row, each after all its attempts, is given up.
+        """
         async with self._slots:
+            if self._failed_in_a_row >= max(_FAILURES_IN_A_ROW, 3 * self._endpoint.concurrency):
+                raise PassingError(f"no more calls: {self._failed_in_a_row} in a row have failed")
             for attempt in range(1, self._endpoint.attempts + 1):
                 try:
-                    return await self._paid_call(request)
+                    answer = await self._paid_call(request)
+                    self._failed_in_a_row = 0
+                    return answer
                 except PassingError as error:
                     self.errors[str(error).partition(":")[0]] += 1
                     if attempt == self._endpoint.attempts:
+                        self._failed_in_a_row += 1
                         raise PassingError(f"{error} (after {attempt} attempts)") from error
                     await self._wait(attempt, error.retry_after)
+                except PermanentError:
+                    self._failed_in_a_row += 1
+                    raise
         raise AssertionError("unreachable")
 
     async def _admitted(self, tokens: int) -> None:
