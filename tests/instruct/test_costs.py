@@ -2,14 +2,16 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from rayva.errors import DataError, RecipeError
 from rayva.instruct.teachers import Requests
 from rayva.llm.cache import AnswerCache
 from rayva.llm.request import ChatAnswer, ChatRequest
 from rayva.orchestration.generate_costs import Costs, costs_of, told
-from rayva.orchestration.generate_run import Plan
+from rayva.orchestration.generate_run import Plan, forecast
 from tests.instruct.planned import batch_plan, outcomes_of, price_of
 
 TEXT = "A dog runs over the grass of a park on a bright morning."
@@ -51,3 +53,31 @@ def test_an_answer_that_samples_share_is_paid_once(tmp_path: Path) -> None:
 
 def test_a_run_without_lost_calls_tells_one_figure() -> None:
     assert told({"cost": 1.5}) == "$1.5000"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"teacher": "endpoint", "base_url": "nowhere"}, "'nowhere' is no http"),
+        ({"model": "unknown", "max_cost": 1}, "no price for the model 'unknown'"),
+        ({"coco_instances": "i.json"}, "generation.coco_instances is given"),
+        ({"source": "coco", "coco_captions": "c.json"}, "generation.input is given"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_anything_starts(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        batch_plan(tmp_path, ["A dog runs."], **settings)
+    assert message in str(caught.value)
+
+
+def test_a_forecast_counts_what_is_asked_once_only_once(tmp_path: Path) -> None:
+    [_, alike, _] = forecast(batch_plan(tmp_path, ["A dog runs."] * 3))
+    [_, one, _] = forecast(batch_plan(tmp_path, ["A dog runs."]))
+    assert (alike.samples, alike.known, alike.cost) == (3, 0, one.cost)
+
+
+def test_an_input_without_a_usable_context_is_told_with_the_first(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"2 no_caption; the first, row-0: i0\.jpg has no caption"):
+        batch_plan(tmp_path, [" ", ""])

@@ -13,7 +13,7 @@ from rayva.instruct.prompts import PromptSet
 from rayva.instruct.symbolic import symbolic_answer
 from rayva.instruct.tasks import Task
 from rayva.llm.cache import AnswerCache
-from rayva.llm.client import ChatClient
+from rayva.llm.client import ChatClient, Endpoint
 from rayva.llm.request import ChatAnswer, ChatRequest, LLMError, PassingError, Sampling, read_completion
 from rayva.recipes.schema import Generation
 
@@ -57,6 +57,20 @@ class Requests:
         messages = self._prompts.messages(task.kind, task.context, boxes)
         request = ChatRequest(self.model, _rotated(messages, task.repeat), sampling, attempt)
         return replace(request, sampling=replace(sampling, seed=(sampling.seed or 0) + 1000 * attempt))
+
+
+def endpoint_of(settings: Generation) -> Endpoint:
+    """Where the teacher is.
+
+    Raises:
+        RecipeError: the address cannot be one.
+    """
+    endpoint = Endpoint(
+        settings.base_url, settings.api_key_env, settings.concurrency, settings.requests_per_minute,
+        settings.tokens_per_minute, settings.timeout,
+    )  # fmt: skip
+    endpoint.check()
+    return endpoint
 
 
 def _rotated(messages: tuple[dict[str, str], ...], by: int) -> tuple[dict[str, str], ...]:

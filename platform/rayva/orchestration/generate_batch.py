@@ -13,6 +13,7 @@ from rayva.instruct.teachers import Requests, batch_lines, read_batch_results
 from rayva.llm.cache import AnswerCache
 from rayva.llm.prices import Budget, Price
 from rayva.llm.request import ChatRequest
+from rayva.orchestration.generate_costs import spent_at
 
 if TYPE_CHECKING:
     from rayva.orchestration.generate_run import Plan
@@ -54,9 +55,7 @@ def write_batch_files(plan: Plan, outcomes: Mapping[int, Outcome], price: Price)
         if outcome.status == "waiting"
         for request in (requests.of(plan.tasks[number], len(outcome.attempts)),)
     }
-    cache = AnswerCache(plan.storage)
-    budget = Budget(plan.settings.max_cost, sum(price.of_answer(answer) for answer in cache.answers()))
-    cache.close()
+    budget = Budget(plan.settings.max_cost, spent_at(plan.storage, price))
     affordable = [request for request in waiting.values() if budget.reserve(price.at_most(request))]
     uris = _write(plan, affordable)
     return BatchFiles(uris, len(affordable), len(waiting) - len(affordable), budget.reserved)

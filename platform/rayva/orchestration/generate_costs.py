@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 from rayva.instruct.generator import Outcome
 from rayva.instruct.teachers import Requests
 from rayva.llm.cache import AnswerCache
-from rayva.llm.prices import Price
+from rayva.llm.prices import FREE, Price, Prices
 from rayva.llm.request import ChatAnswer
+from rayva.recipes.schema import Generation
+from rayva.storage import Storage
 
 if TYPE_CHECKING:
     from rayva.orchestration.generate_run import Plan
@@ -71,6 +73,28 @@ def _lost(plan: Plan) -> list[ChatAnswer]:
     attempts = range(plan.settings.attempts)
     own = {requests.of(task, attempt).digest for task in plan.tasks for attempt in attempts}
     return [answer for digest, answer in lost if digest in own]
+
+
+def price_of(settings: Generation) -> Price:
+    """The price of the teacher; without a limit on the cost an unknown one is none.
+
+    Raises:
+        RecipeError: there is a limit, and the price is not known.
+    """
+    if settings.teacher == "symbolic" or settings.model is None:
+        return FREE
+    prices = Prices.load(settings.prices)
+    if settings.max_cost is not None:
+        return prices.require(settings.model, "--max-cost")
+    return prices.find(settings.model) or FREE
+
+
+def spent_at(storage: Storage, price: Price) -> float:
+    """Dollars of all answers that are kept at a storage, and of calls that broke off at their worst case."""
+    cache = AnswerCache(storage)
+    spent = sum(price.of_answer(answer) for answer in cache.answers())
+    cache.close()
+    return spent
 
 
 def told(summary: Mapping[str, Any]) -> str:

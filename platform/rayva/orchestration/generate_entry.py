@@ -13,7 +13,7 @@ from rayva.orchestration.console import guarded
 from rayva.orchestration.entry import storage_root
 from rayva.orchestration.faults import user_error
 from rayva.orchestration.generate_batch import read_batches
-from rayva.orchestration.generate_costs import told
+from rayva.orchestration.generate_costs import price_of, spent_at, told
 from rayva.orchestration.generate_run import Plan, forecast, make_plan, run
 from rayva.provenance import REPOSITORY
 from rayva.recipes import resolve
@@ -142,6 +142,8 @@ def _flag_overrides(options: argparse.Namespace) -> list[str]:
 def _show_forecast(plan: Plan) -> None:
     count = len(plan.inputs.contexts)
     _tell(f"{count:,} context{'s' if count != 1 else ''}, {sum(plan.inputs.bad.values()):,} unusable")
+    if plan.inputs.first_bad:
+        _tell(f"unusable: {dict(plan.inputs.bad)}; the first, {plan.inputs.first_bad}")
     _tell(f"{'kind':<14}{'samples':>9}{'known':>9}{'prompt tokens':>16}{'answer tokens':>16}{'dollars':>10}")
     rows = forecast(plan)
     for row in rows:
@@ -155,6 +157,9 @@ def _show_forecast(plan: Plan) -> None:
         _tell(f"About ${sum(costs):.2f}. Estimates: four bytes a token, answers as long as the examples'.")
     else:
         _tell("The price of this model is not known: give --prices FILE.")
+    if (limit := plan.settings.max_cost) is not None:
+        spent = spent_at(plan.storage, price_of(plan.settings))
+        _tell(f"${spent:.2f} are spent at this storage: --max-cost leaves ${max(0.0, limit - spent):.2f}.")
 
 
 def _show(plan: Plan, summary: dict[str, Any]) -> None:

@@ -21,13 +21,13 @@ from rayva.instruct.contexts import BadContext, Context, from_coco, from_images,
 from rayva.instruct.generator import Attempt, Outcome
 from rayva.instruct.prompts import PromptSet
 from rayva.instruct.tasks import KINDS, Task, plan_tasks
-from rayva.instruct.teachers import Requests
+from rayva.instruct.teachers import Requests, endpoint_of
 from rayva.llm.cache import AnswerCache
 from rayva.llm.prices import Price, Prices
 from rayva.lock import JobLock
 from rayva.orchestration import generate_training as training
 from rayva.orchestration.generate_batch import write_batch_files
-from rayva.orchestration.generate_costs import Costs, costs_of
+from rayva.orchestration.generate_costs import Costs, costs_of, price_of
 from rayva.orchestration.generate_report import GenerationReport, render_report
 from rayva.provenance import code_version
 from rayva.recipes import Recipe, to_dict
@@ -44,6 +44,9 @@ _SPEED = {
 }  # fmt: skip
 """Settings that do not decide the result; files count with their content instead."""
 
+_INPUTS = {"jsonl": {"input"}, "coco": {"coco_captions", "coco_instances"}, "dataset": set[str]()}
+"""Settings that name files, by the source that reads them."""
+
 
 @dataclass
 class Inputs:
@@ -51,6 +54,8 @@ class Inputs:
 
     contexts: list[Context]
     bad: Counter[str]
+    first_bad: str = ""
+    """The first context that cannot be used, and why."""
     images: dict[str, ImageRecord] = field(default_factory=dict)
     """Pictures of a built-in dataset, by the name that its contexts have; others stay where they are."""
     held_out: list[Question] = field(default_factory=list)
@@ -84,13 +89,15 @@ def make_plan(recipe: Recipe, storage: Storage) -> Plan:
     """
     settings = recipe.generation
     prompts = PromptSet.load(settings.prompts)
+    _check_teacher(settings, prompts)
     inputs = _read_inputs(recipe)
     if not inputs.contexts:
         reasons = ", ".join(f"{count} {reason}" for reason, count in inputs.bad.items()) or "it is empty"
-        raise DataError(f"The input has no usable context ({reasons})", "each needs an image and captions")
+        example = f"; the first, {inputs.first_bad}" if inputs.first_bad else ""
+        raise DataError(
+            f"The input has no usable context ({reasons}{example})", "each needs an image and captions"
+        )
     tasks = plan_tasks(inputs.contexts, settings.kinds, settings.samples, settings.seed)
-    if settings.teacher != "symbolic":
-        Requests(settings, prompts)  # complains early
     what = {key: value for key, value in to_dict(recipe)["generation"].items() if key not in _SPEED}
     made_from = {
         "contexts": _digest(inputs.contexts),
@@ -102,6 +109,15 @@ def make_plan(recipe: Recipe, storage: Storage) -> Plan:
     return Plan(recipe, storage, folder, inputs, tasks, prompts)
 
 
+def _check_teacher(settings: Generation, prompts: PromptSet) -> None:
+    """Complains about the teacher's settings before anything is read or started."""
+    if settings.teacher != "symbolic":
+        Requests(settings, prompts)
+    if settings.teacher == "endpoint":
+        endpoint_of(settings)
+    price_of(settings)
+
+
 def _digest(records: Sequence[Context | Question]) -> str:
     digest = hashlib.sha256()
     for record in records:
@@ -111,6 +127,13 @@ def _digest(records: Sequence[Context | Question]) -> str:
 
 def _read_inputs(recipe: Recipe) -> Inputs:
     settings = recipe.generation
+    given = [name for name in ("input", "coco_captions", "coco_instances") if getattr(settings, name)]
+    if strange := [name for name in given if name not in _INPUTS[settings.source]]:
+        raise RecipeError(
+            f"generation.{strange[0]} is given, but generation.source={settings.source} does not read it",
+            "give --input FILE; or --coco-captions FILE, with --coco-instances FILE for the boxes; or "
+            "--input scenes",
+        )
     if settings.source == "dataset":
         return _dataset_inputs(recipe)
     found: Iterable[Context | BadContext]
@@ -127,16 +150,17 @@ def _read_inputs(recipe: Recipe) -> Inputs:
                 "or generation.source=dataset",
             )
         found = read_contexts(absolute(settings.input))
-    contexts, bad, seen = [], Counter[str](), set()
+    contexts, bad, seen, first_bad = [], Counter[str](), set(), ""
     for context in found:
         if isinstance(context, BadContext):
             bad[context.reason] += 1
+            first_bad = first_bad or f"{context.row}: {context.detail or context.reason}"
         elif context.id in seen:
             bad["repeated_id"] += 1
         else:
             seen.add(context.id)
             contexts.append(context)
-    return Inputs(contexts, bad)
+    return Inputs(contexts, bad, first_bad)
 
 
 def _dataset_inputs(recipe: Recipe) -> Inputs:
@@ -155,7 +179,7 @@ def _dataset_inputs(recipe: Recipe) -> Inputs:
             contexts.append(context)
     asked = {q.image_id for q in held_out}
     tested = {name: image for name, image in tested.items() if name in asked}
-    return Inputs(contexts, bad, {image.image_id: image for image in train}, held_out, tested)
+    return Inputs(contexts, bad, "", {image.image_id: image for image in train}, held_out, tested)
 
 
 @dataclass(frozen=True)
@@ -186,12 +210,14 @@ def forecast(plan: Plan) -> list[Forecast]:
     for kind in KINDS:
         tasks = [task for task in plan.tasks if task.kind == kind]
         asked = [requests.of(task) for task in tasks]
-        new = [request for request in asked if cache.get(request) is None]
+        waiting = {request.digest: request for request in asked if cache.get(request) is None}
+        new = list(waiting.values())  # contexts that are alike are asked about once
         prompt = sum(request.estimated_prompt_tokens() for request in new)
         answer = _example_tokens(new[0].messages) if new else 0
         completion = len(new) * min(answer, settings.max_tokens)
         cost = None if price is None else price.of(prompt, completion)
-        rows.append(Forecast(kind, len(tasks), len(tasks) - len(new), prompt, completion, cost))
+        known = sum(request.digest not in waiting for request in asked)
+        rows.append(Forecast(kind, len(tasks), known, prompt, completion, cost))
     cache.close()
     return rows
 
@@ -218,7 +244,6 @@ def run(plan: Plan, start: bool = True) -> dict[str, Any]:
         if (manifest := folder.manifest()) is not None:
             return {**manifest["outputs"], "finished_before": True}
         work = Work(plan.settings, storage)
-        work.price()  # complains early
         with AttemptClock(folder) as clock, _tracked(plan) as tracker:
             write_tasks(storage, folder.join("tasks.parquet"), plan.tasks)
             start_ray(serving_recipe(plan.recipe.serving), storage)
