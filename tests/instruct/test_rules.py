@@ -36,6 +36,9 @@ BROKEN = [
     ("refuses", "What is it?", "I don't see any image here."),
     ("refuses", "What is it?", "As an AI language model, I have no eyes."),
     ("misses_image", "What is it?", "Please upload an image so that we can talk about it."),
+    ("replies_to_the_prompt", "Describe it.", "Sure! Here's a detailed description of it:\n\nTwo dogs play."),
+    ("replies_to_the_prompt", "Describe it.", "**Here is the description you asked for:**\n\nTwo dogs play."),
+    ("replies_to_the_prompt", "Why?", "The dogs are at play. Let me know if you need anything else!"),
     ("not_a_question", "???", "It is a dog."),
     ("mentions_caption", "What is it?", "According to the captions, it is a dog."),
     ("mentions_caption", "What is it?", "The second caption says that it is a dog."),
@@ -80,6 +83,8 @@ FINE = [
     ("How many legs does a dog have?", "Four legs, as dogs do."),
     ("Are there any cars in the scene?", "No, I don't see any cars in the scene."),
     ("What is it?", "Red"),
+    ("What is it?", "Sure enough, it is a dog: the question is whose."),
+    ("Where is the bench?", "Here is the bench:\non the grass."),
     # Some of them, and what is like them in name only.
     ("How many dogs are in the water?", "One."),
     ("How many dogs have collars?", "One."),

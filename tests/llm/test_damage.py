@@ -12,7 +12,7 @@ from aiohttp import web
 from rayva.llm.cache import AnswerCache
 from rayva.llm.client import BudgetSpent, ChatClient, Endpoint
 from rayva.llm.prices import FREE, Budget, Price
-from rayva.llm.request import ChatAnswer, ChatRequest, PassingError, Sampling, read_completion
+from rayva.llm.request import ChatAnswer, ChatRequest, PassingError, PermanentError, Sampling, read_completion
 from rayva.storage import Storage
 
 ONE = ChatRequest("m", ({"role": "user", "content": "question"},), Sampling(max_tokens=50))
@@ -45,6 +45,13 @@ def test_an_answer_can_always_be_written_and_never_costs_less_than_nothing() -> 
     assert answer.prompt_tokens > 0
     pa.table({"text": [answer.text], "reason": [answer.finish_reason]})
     assert read_completion(completion("\ud83d\ude00"), ONE, 0.0).text == "\U0001f600"
+
+
+def test_text_in_parts_and_refusals_are_text() -> None:
+    parts = [{"type": "text", "text": "It is "}, {"type": "text", "text": "a dog."}]
+    assert read_completion(completion(parts), ONE, 0.0).text == "It is a dog."
+    refusal = {"choices": [{"message": {"content": None, "refusal": "I'm sorry."}}]}
+    assert read_completion(refusal, ONE, 0.0).text == "I'm sorry."
 
 
 PRICE = Price(0.0, 1.0)
@@ -83,6 +90,22 @@ def test_lost_answers_count_as_spent_also_after_a_restart(tmp_path: Path) -> Non
     assert len(again) == 1
     assert again.get(ONE) is not None
     assert sum(price.of_answer(a) for a in again.answers()) == pytest.approx(budget.spent)
+
+
+@pytest.mark.parametrize(("code", "calls"), [(502, 2), (429, 2), (400, 1), ("bad_gateway", 2)])
+def test_an_error_that_comes_with_status_200_is_what_it_says(tmp_path: Path, code: Any, calls: int) -> None:
+    """Routers to several endpoints answer so. Without a status it is no completion, and may be billed."""
+    told = json.dumps({"error": {"message": "nobody is there", "code": code}}).encode()
+    bodies = [told, json.dumps(completion()).encode()]
+    cache = AnswerCache(Storage(str(tmp_path)))
+    [answer] = asyncio.run(_served(bodies, cache, Budget(None)))
+    assert 2 - len(bodies) == calls
+    if calls == 1:
+        assert isinstance(answer, PermanentError)
+        assert "HTTP 400: nobody is there" in str(answer)
+    else:
+        assert isinstance(answer, ChatAnswer)
+    assert len(cache.lost()) == (not isinstance(code, int))
 
 
 def test_lost_answers_use_the_budget_up(tmp_path: Path) -> None:

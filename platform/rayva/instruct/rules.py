@@ -43,6 +43,13 @@ _NO_IMAGE = re.compile(
     r"|\bwithout (?:seeing|access to) the (?:image|picture|photo)\b",
     re.IGNORECASE,
 )
+_ABOUT_OUR_TASK = r"[^\n]{0,100}\b(?:description|answer|question|conversation)s?\b[^\n]{0,60}:[ \t*]*\n"
+_REPLY = re.compile(
+    rf"\A\W*(?:sure|certainly|absolutely|of course|ok(?:ay)?)\b{_ABOUT_OUR_TASK}"
+    rf"|\A\W*here(?: is|'s| are)\b{_ABOUT_OUR_TASK}"
+    r"|\blet me know if (?:you|there|this)\b|\bI hope (?:this|that) helps\b",
+    re.IGNORECASE,
+)
 _WORDS = re.compile(r"[a-z0-9']+")
 _MIN_WORDS: dict[Kind, int] = {"conversation": 1, "detail": 8, "reasoning": 8}
 _LONG_ANSWER = 80
@@ -93,6 +100,11 @@ def misses_image(kind: Kind, pairs: Sequence[Pair], context: Context) -> str | N
     return _find(_NO_IMAGE, [pair.answer for pair in pairs])
 
 
+def replies_to_the_prompt(kind: Kind, pairs: Sequence[Pair], context: Context) -> str | None:
+    """Speaks to who wrote the prompt: "Sure! Here is a description:", "Let me know if you need more"."""
+    return _find(_REPLY, [pair.answer for pair in pairs])
+
+
 def too_short(kind: Kind, pairs: Sequence[Pair], context: Context) -> str | None:
     """An answer with fewer words than its kind needs."""
     fewest = min(len(pair.answer.split()) for pair in pairs)
@@ -133,6 +145,7 @@ def _loop(text: str) -> str | None:
 RULES: dict[str, Rule] = {
     "refuses": refuses,
     "misses_image": misses_image,
+    "replies_to_the_prompt": replies_to_the_prompt,
     "mentions_caption": mentions_caption,
     "mentions_bounding_box": mentions_bounding_box,
     "leaks_coordinates": leaks_coordinates,

@@ -30,6 +30,7 @@ from rayva.llm.request import (
     PassingError,
     PermanentError,
     read_completion,
+    told_status,
 )
 
 if TYPE_CHECKING:
@@ -268,6 +269,8 @@ class ChatClient:
             body = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise PassingError(f"not JSON: {error}", billed=True) from error
+        if (told := told_status(body)) is not None:
+            raise _refusal(told, None, content)
         answer = read_completion(body, request, time.monotonic() - started)
         self._limit.correct(estimated, answer.prompt_tokens + answer.completion_tokens)
         return answer
