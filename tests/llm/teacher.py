@@ -8,6 +8,7 @@ Started as a script: `teacher.py PLAN.json`. The plan says what the server does:
                 (`every` calls apart): retry_after, server_error, slow, cut, not_json, garbage, refusal
     answers     {kind: text}: what is answered to a prompt whose system message names the kind
     key         the key that is asked for, if any
+    limit_name  the setting's name for the longest answer; another one is refused
     pause       seconds that `Retry-After` asks for
 
 Prints its port. GET /stats gives {"calls", "busy", "seconds", "early"}: busy adds up the seconds of all
@@ -44,6 +45,10 @@ class Teacher:
         if (key := self.plan.get("key")) and request.headers.get("Authorization") != f"Bearer {key}":
             return web.json_response({"error": {"message": "wrong key"}}, status=401)
         body = await request.json()
+        wanted = self.plan.get("limit_name", "max_tokens")
+        if wanted not in body:
+            told = f"Unsupported parameter: 'max_tokens'. Use '{wanted}' instead."
+            return web.json_response({"error": {"message": told, "param": "max_tokens"}}, status=400)
         async with self.slots:
             started = time.monotonic()
             self.first = self.first or started

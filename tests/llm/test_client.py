@@ -85,6 +85,19 @@ def test_failures_with_successes_between_them_are_no_row(tmp_path: Path) -> None
     assert sum(isinstance(answer, ChatAnswer) for answer in answers) == 80
 
 
+def test_a_model_that_calls_the_longest_answer_otherwise_is_asked_in_its_words(tmp_path: Path) -> None:
+    with teacher(tmp_path, limit_name="max_completion_tokens") as server:
+        answers = ask_all(server, [request(n) for n in range(5)], concurrency=1)
+        assert all(isinstance(answer, ChatAnswer) for answer in answers)
+        assert server.calls == 6
+    (tmp_path / "other").mkdir()
+    # Some refuse any value with both names in their words.
+    with teacher(tmp_path / "other", limit_name="nothing, max_completion_tokens or") as server:
+        [error] = ask_all(server, [request(0)])
+        assert isinstance(error, PermanentError)
+        assert server.calls == 2
+
+
 def test_no_more_calls_in_flight_than_allowed(tmp_path: Path) -> None:
     with teacher(tmp_path, latency=0.05) as server:
         started = time.monotonic()
