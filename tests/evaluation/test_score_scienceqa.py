@@ -132,6 +132,26 @@ def test_breakdowns_and_counts(data: dict[str, Path]) -> None:
     assert found["reported_by_file"] == {"acc": 50.0}
 
 
+def test_without_a_file_of_splits_the_problems_say_it_themselves(data: dict[str, Path]) -> None:
+    """All splits are in the official file of problems; a figure over all of them would be wrong."""
+    path = str(data["problems"])
+    assert [p.problem_id for p in read_problems(path, None, "test")] == ["1", "2", "3", "4"]
+    assert [p.problem_id for p in read_problems(path, None, "train")] == ["9"]
+    with pytest.raises(DataError, match="'val' is empty"):
+        read_problems(path, None, "val")
+    whole = json.loads(data["problems"].read_text())
+    del whole["2"]["split"]
+    data["problems"].write_text(json.dumps(whole))
+    assert len(read_problems(path, None, "test")) == 5
+
+
+def test_another_file_in_place_of_the_splits_is_named_in_a_line(data: dict[str, Path]) -> None:
+    with pytest.raises(DataError, match=r"has no split 'test'; it has none\n.*pid_splits"):
+        read_problems(str(data["problems"]), str(data["problems"]), "test")
+    with pytest.raises(DataError, match=r"has no split 'val'; it has test, train\n"):
+        read_problems(str(data["problems"]), str(data["splits"]), "val")
+
+
 TEXTS = {"1": "The answer is A.", "2": "B", "3": "C. blue", "4": "The answer is B."}
 
 

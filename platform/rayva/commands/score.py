@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _scienceqa_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--problems", required=True, metavar="FILE", help="problems.json")
-    parser.add_argument("--splits", metavar="FILE", help="pid_splits.json; default: all problems")
+    parser.add_argument("--splits", metavar="FILE", help="pid_splits.json; default: what the problems say")
     parser.add_argument("--split", default="test", help="default: %(default)s")
     parser.add_argument("--predictions", required=True, metavar="FILE")
     parser.add_argument("--second", metavar="FILE", help="predictions of a second model")
