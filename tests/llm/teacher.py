@@ -9,6 +9,7 @@ Started as a script: `teacher.py PLAN.json`. The plan says what the server does:
     answers     {kind: text}: what is answered to a prompt whose system message names the kind
     key         the key that is asked for, if any
     limit_name  the setting's name for the longest answer; another one is refused
+    forbidden   setting that is refused
     pause       seconds that `Retry-After` asks for
 
 Prints its port. GET /stats gives {"calls", "busy", "seconds", "early"}: busy adds up the seconds of all
@@ -49,6 +50,9 @@ class Teacher:
         if wanted not in body:
             told = f"Unsupported parameter: 'max_tokens'. Use '{wanted}' instead."
             return web.json_response({"error": {"message": told, "param": "max_tokens"}}, status=400)
+        if (forbidden := self.plan.get("forbidden")) in body:
+            detail = [{"type": "extra_forbidden", "loc": ["body", forbidden], "msg": "not permitted"}]
+            return web.json_response({"detail": detail}, status=422)
         async with self.slots:
             started = time.monotonic()
             self.first = self.first or started

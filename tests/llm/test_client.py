@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
 
@@ -96,6 +97,19 @@ def test_a_model_that_calls_the_longest_answer_otherwise_is_asked_in_its_words(t
         [error] = ask_all(server, [request(0)])
         assert isinstance(error, PermanentError)
         assert server.calls == 2
+
+
+def test_an_endpoint_that_takes_no_seed_is_asked_without(tmp_path: Path) -> None:
+    seeded = [replace(request(n), sampling=Sampling(max_tokens=50, seed=n)) for n in range(4)]
+    with teacher(tmp_path, forbidden="seed") as server:
+        answers = ask_all(server, seeded, concurrency=1)
+        assert all(isinstance(answer, ChatAnswer) for answer in answers)
+        assert server.calls == 5
+    (tmp_path / "other").mkdir()
+    with teacher(tmp_path / "other", forbidden="temperature") as server:
+        [error] = ask_all(server, [replace(seeded[0], sampling=Sampling(temperature=0.5))])
+        assert isinstance(error, PermanentError)  # another temperature would be another answer
+        assert server.calls == 1
 
 
 def test_no_more_calls_in_flight_than_allowed(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from rayva.errors import RecipeError
 from rayva.llm.cache import AnswerCache
+from rayva.llm.dialect import Dialect
 from rayva.llm.limits import RateLimit
 from rayva.llm.prices import FREE, Budget, Price
 from rayva.llm.request import (
@@ -40,8 +41,6 @@ _PASSING = {408, 409, 425, 429}
 _FATAL = {401, 403, 404, 405}
 _QUOTA = ("insufficient_quota", "billing_hard_limit_reached")
 """Codes of a 429 that no waiting helps against."""
-_LIMIT_NAMES = ("max_tokens", "max_completion_tokens")
-"""How endpoints call the longest answer; the second is used once one has asked for it."""
 _MAX_DELAY_SECONDS = 60.0
 _MAX_RETRY_AFTER_SECONDS = 600.0
 _FAILURES_IN_A_ROW = 50
@@ -117,7 +116,7 @@ class ChatClient:
         self.calls = 0
         """HTTP requests made."""
         self._failed_in_a_row = 0
-        self._limit_name = _LIMIT_NAMES[0]
+        self._dialect = Dialect()
         self.errors: Counter[str] = Counter()
         """Passing errors that were met, by kind."""
 
@@ -252,11 +251,11 @@ class ChatClient:
         estimated = request.estimated_prompt_tokens() + request.sampling.max_tokens
         await self._admitted(estimated)
         url = f"{self._endpoint.base_url.rstrip('/')}/chat/completions"
-        limit_name = self._limit_name
+        sent = self._dialect.body(request)
         started = time.monotonic()
         self.calls += 1
         try:
-            async with self._session.post(url, json=request.body(limit_name)) as response:
+            async with self._session.post(url, json=sent) as response:
                 content = await response.read()
                 status, headers = response.status, response.headers
         except TimeoutError as error:
@@ -267,10 +266,8 @@ class ChatClient:
         except aiohttp.ClientError as error:
             reached = not isinstance(error, aiohttp.ClientConnectorError)
             raise PassingError(f"connection: {error}", billed=reached) from error
-        if status == 400 and limit_name == _LIMIT_NAMES[0] and _LIMIT_NAMES[1].encode() in content:
-            # OpenAI's reasoning models refuse the one name; older endpoints do not know the other.
-            self._limit_name = _LIMIT_NAMES[1]
-            raise PassingError(f"renamed: the endpoint speaks of {_LIMIT_NAMES[1]}")
+        if (refused := self._dialect.learn(status, content, sent)) is not None:
+            raise PassingError(f"dialect: the endpoint does not take {refused}")
         if status != 200:
             raise _refusal(status, headers.get("Retry-After"), content)
         try:

@@ -49,10 +49,9 @@ class ChatRequest:
         """sha256 (hex) over the messages alone."""
         return hashlib.sha256(json.dumps(self.messages, sort_keys=True).encode()).hexdigest()
 
-    def body(self, limit_name: str = "max_tokens") -> dict[str, Any]:
-        """The body of POST /chat/completions; `limit_name` is what the endpoint calls the longest answer."""
+    def body(self) -> dict[str, Any]:
+        """The body of POST /chat/completions."""
         drawn = {key: value for key, value in asdict(self.sampling).items() if value is not None}
-        drawn[limit_name] = drawn.pop("max_tokens")
         return {"model": self.model, "messages": list(self.messages), **drawn}
 
     def estimated_prompt_tokens(self) -> int:
