@@ -222,6 +222,23 @@ def _damaged(line: bytes, rng: random.Random) -> bytes:
     return rng.choice([line[:at], line[at:], json.dumps(row).encode(), rng.choice(values).encode()])
 
 
+def test_results_are_written_together_also_those_before_a_bad_line(tmp_path: Path) -> None:
+    """On an object store each write is an object of its own."""
+    lines = [json.dumps(result(row)) for row in _requests()]
+    with pytest.raises(DataError, match="line 3"):
+        _read(tmp_path, "\n".join([lines[0], lines[1], "[]", lines[2]]).encode())
+    found = AnswerCache(Storage(str(tmp_path / "storage")))
+    assert len(found) == 2
+    storage = Storage(f"memory://{tmp_path.name}")
+    cache = AnswerCache(storage)
+    requests = Requests(Generation(teacher="batch", model="m"), PromptSet.load())
+    known = {request.digest: request for request in (requests.of(Task(kind, 0, DOG)) for kind in KINDS)}
+    (tmp_path / "r.jsonl").write_text("\n".join(lines + lines))
+    counts = read_batch_results(str(tmp_path / "r.jsonl"), known.get, cache)
+    assert (counts["read"], counts["known"]) == (3, 3)
+    assert len(storage.list("answers")) == 1
+
+
 def test_results_given_twice_change_nothing(tmp_path: Path) -> None:
     first, second = ("\n".join(json.dumps(result(row, words)) for row in _requests()) for words in ("A", "B"))
     assert _read(tmp_path, first.encode())["read"] == 3

@@ -20,8 +20,8 @@ TEXT = "A dog runs over the grass of a park on a bright morning."
 def _answered(plan: Plan, tokens: int) -> None:
     requests = Requests(plan.settings, plan.prompts)
     cache = AnswerCache(plan.storage)
-    for task in plan.tasks:
-        cache.put_now(requests.of(task), ChatAnswer(TEXT, "stop", tokens, tokens, "m", 0.1))
+    answer = ChatAnswer(TEXT, "stop", tokens, tokens, "m", 0.1)
+    cache.put_now((requests.of(task), answer) for task in plan.tasks)
     cache.close()
 
 

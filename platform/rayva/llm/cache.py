@@ -12,7 +12,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -79,11 +79,12 @@ class AnswerCache:
             self._writer = asyncio.create_task(self._write_waiting())
         await done
 
-    def put_now(self, request: ChatRequest, answer: ChatAnswer) -> None:
-        """Keeps an answer, where there is no event loop."""
-        row = _row(request, answer)
-        self._write(_lines([row]))
-        self._answers[row["digest"]] = row
+    def put_now(self, answers: Iterable[tuple[ChatRequest, ChatAnswer]]) -> None:
+        """Keeps answers, where there is no event loop: one write for all of them."""
+        rows = [_row(request, answer) for request, answer in answers]
+        if rows:
+            self._write(_lines(rows))
+        self._answers |= {row["digest"]: row for row in rows}
 
     def _learn(self, row: dict[str, Any]) -> None:
         if row.get("lost"):
