@@ -76,7 +76,14 @@ def test_a_server_that_goes_on_failing_is_given_up(tmp_path: Path) -> None:
         errors = ask_all(server, [request(n) for n in range(80)], attempts=2, concurrency=1)
         assert server.calls == 2 * 50
     assert all(isinstance(error, PassingError) for error in errors)
-    assert "no more calls: 50 in a row have failed" in str(errors[-1])
+    assert str(errors[-1]) == "given up: 50 requests in a row; HTTP 500: oops (after 2 attempts)"
+
+
+def test_refusals_of_single_requests_are_no_failures_of_the_endpoint(tmp_path: Path) -> None:
+    refused = [replace(request(n), sampling=Sampling(temperature=0.5)) for n in range(60)]
+    with teacher(tmp_path, forbidden="temperature") as server:
+        answers = ask_all(server, [*refused, request(0)], concurrency=1)
+    assert [type(answer) for answer in answers] == [PermanentError] * 60 + [ChatAnswer]
 
 
 def test_failures_with_successes_between_them_are_no_row(tmp_path: Path) -> None:

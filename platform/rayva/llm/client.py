@@ -115,7 +115,7 @@ class ChatClient:
         self._session: aiohttp.ClientSession | None = None
         self.calls = 0
         """HTTP requests made."""
-        self._failed_in_a_row = 0
+        self._failed_in_a_row, self._last_failure = 0, ""
         self._dialect = Dialect()
         self.errors: Counter[str] = Counter()
         """Passing errors that were met, by kind."""
@@ -178,7 +178,9 @@ class ChatClient:
         """
         async with self._slots:
             if self._failed_in_a_row >= max(_FAILURES_IN_A_ROW, 3 * self._endpoint.concurrency):
-                raise PassingError(f"no more calls: {self._failed_in_a_row} in a row have failed")
+                raise PassingError(
+                    f"given up: {self._failed_in_a_row} requests in a row; {self._last_failure}"
+                )
             for attempt in range(1, self._endpoint.attempts + 1):
                 try:
                     answer = await self._paid_call(request)
@@ -188,10 +190,11 @@ class ChatClient:
                     self.errors[str(error).partition(":")[0]] += 1
                     if attempt == self._endpoint.attempts:
                         self._failed_in_a_row += 1
-                        raise PassingError(f"{error} (after {attempt} attempts)") from error
+                        self._last_failure = f"{error} (after {attempt} attempts)"
+                        raise PassingError(self._last_failure) from error
                     await self._wait(attempt, error.retry_after)
                 except PermanentError:
-                    self._failed_in_a_row += 1
+                    self._failed_in_a_row = 0  # it is there, and answers
                     raise
         raise AssertionError("unreachable")
 
