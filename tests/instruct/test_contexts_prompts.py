@@ -42,6 +42,7 @@ def test_jsonl_gives_contexts_and_names_bad_rows(tmp_path: Path) -> None:
         {**good, "id": "c", "instances": [{"category": "dog", "bbox": [0.5, 0, 0.4, 1]}]},
         {**good, "id": "d", "captions": "A dog."},
         [1],
+        {**good, "id": ["e"]},
         {**good, "id": 9, "instances": []},
     )
     read = list(contexts.read_contexts(path))
@@ -49,7 +50,7 @@ def test_jsonl_gives_contexts_and_names_bad_rows(tmp_path: Path) -> None:
     assert [c.id for c in usable] == ["a", "9"]
     assert usable[0] == Context("a", "a.jpg", ("A dog.",), (Instance("dog", (0.0, 0.0, 0.5, 1.0)),))
     reasons = [r.reason for r in read if isinstance(r, BadContext)]
-    assert reasons == ["not_json", "no_caption", "bad_box", "malformed_row", "not_an_object"]
+    assert reasons == ["not_json", "no_caption", "bad_box", "malformed_row", "not_an_object", "bad_id"]
 
 
 def test_coco_files_need_no_pictures(tmp_path: Path) -> None:

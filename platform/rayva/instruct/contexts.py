@@ -66,6 +66,8 @@ def _context(row: dict[str, Any]) -> Context:
     name = row.get("id")
     if name is None:
         name = image.rpartition("/")[2].rpartition(".")[0] or image
+    if isinstance(name, bool) or not isinstance(name, (str, int)) or name == "":
+        raise BadRow("bad_id", f"{name!r} is no id")
     return _complete(str(name), image, captions, objects)
 
 

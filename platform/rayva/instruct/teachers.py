@@ -171,7 +171,7 @@ def read_batch_results(
 
 def _results(uri: str) -> Iterator[tuple[str | None, Any]]:
     """custom_id and body of each line, see `_result`; None for a last one that is not complete."""
-    with open_input(uri, "the batch's results") as file:
+    with open_input(uri, "--batch-results") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue

@@ -99,6 +99,8 @@ _BUILT_IN = ("scenes", "emoji")
 
 def _run(options: argparse.Namespace) -> int:
     recipe = resolve(options.recipe, options.config, [*_flag_overrides(options), *options.overrides])
+    if options.batch_results and recipe.generation.teacher != "batch":
+        raise DataError("--batch-results belongs to --teacher batch", "leave one of them out")
     root = storage_root(options.storage or str(REPOSITORY / "runs" / "generate"), recipe)
     storage = Storage(root)
     plan = make_plan(recipe, storage)
@@ -107,11 +109,8 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     if options.force:
         plan.folder.forget()
-    if plan.settings.teacher == "batch":
-        if options.batch_results:
-            _tell(f"Batch results: {read_batches(plan, options.batch_results)}")
-    elif options.batch_results:
-        raise DataError("--batch-results belongs to --teacher batch", "leave one of them out")
+    if options.batch_results:
+        _tell(f"Batch results: {read_batches(plan, options.batch_results)}")
     try:
         summary = run(plan)
     except Exception as error:

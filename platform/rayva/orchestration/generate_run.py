@@ -157,6 +157,7 @@ def _read_inputs(recipe: Recipe) -> Inputs:
             first_bad = first_bad or f"{context.row}: {context.detail or context.reason}"
         elif context.id in seen:
             bad["repeated_id"] += 1
+            first_bad = first_bad or f"{context.id}: its id has come before"
         else:
             seen.add(context.id)
             contexts.append(context)
