@@ -129,9 +129,9 @@ def _scienceqa(options: argparse.Namespace) -> dict[str, Any]:
     if options.second is None:
         return figures
     second = read_predictions(options.second, "--second")
+    scienceqa_ensemble.require_second(problems, second, known)
     if options.ensemble == "complement":
         return figures | {"ensemble": scienceqa_ensemble.complement(problems, first, second, known)}
-    scienceqa_ensemble.require_second(problems, second, known)
     if options.judged is not None:
         verdicts = read_predictions(options.judged, "--judged")
     else:

@@ -67,10 +67,9 @@ def complement(
         known: ids of all problems of the file, of any split.
 
     Raises:
-        DataError: see `require_second`.
+        DataError: the second answers questions that are not known.
     """
-    require_second(problems, second, known)
-    ours, theirs = _both(problems, first, second)
+    ours, theirs = _both(problems, first, second, known)
     choices = {key: theirs[key] if theirs[key] is not None else ours[key] for key in ours}
     agreement = _agreement(problems, ours, theirs)
     return {
@@ -97,10 +96,9 @@ def judged(
         known: ids of all problems of the file, of any split.
 
     Raises:
-        DataError: see `require_second`; or the verdicts are about other questions.
+        DataError: the second, or the verdicts, answer questions that are not known.
     """
-    require_second(problems, second, known)
-    ours, theirs = _both(problems, first, second)
+    ours, theirs = _both(problems, first, second, known)
     agreement = {**_missing(problems, first, second), **_agreement(problems, ours, theirs)}
     if verdicts is None:
         agree = {key: ours[key] if ours[key] == theirs[key] else None for key in ours}
@@ -144,8 +142,11 @@ def require_second(
         raise DataError(f"{second.path} answers no problem of the split", "check the split")
 
 
-def _both(problems: Sequence[Problem], first: Predictions, second: Predictions) -> tuple[Choices, Choices]:
+def _both(
+    problems: Sequence[Problem], first: Predictions, second: Predictions, known: Collection[str] | None
+) -> tuple[Choices, Choices]:
     ids = [problem.problem_id for problem in problems]
+    require_overlap(second, ids if known is None else known, "the file of problems")
     ours, theirs = choices_of(problems, first), choices_of(problems, second)
     return {key: ours.get(key) for key in ids}, {key: theirs.get(key) for key in ids}
 
