@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -29,7 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Settings may stand before and after options; argparse cannot have that beside subcommands.
     parse = parser.parse_args if getattr(module, "SUBCOMMANDS", False) else parser.parse_intermixed_args
     try:
-        return int(module.run(parse(arguments[1:])))
+        code = int(module.run(parse(arguments[1:])))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough; what Python still holds back is written nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except RayvaError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayva.data.coco import normalise_box, read_caption_boxes, read_coco
+from rayva.data.coco import normalise_box, read_box, read_caption_boxes, read_coco
 from rayva.data.quarantine import BadRow
 from rayva.data.schema import Instance
 from rayva.errors import DataError
@@ -52,6 +52,27 @@ def test_boxes_are_optional(annotations):
     assert record.split == "test"
 
 
+def test_captions_that_are_no_text_and_sizes_that_only_the_boxes_have(annotations):
+    captions = json.loads((annotations / "captions.json").read_text())
+    captions["annotations"] += [{"image_id": 3, "caption": None}, {"image_id": 1, "caption": 7}]
+    for image in captions["images"]:
+        del image["width"], image["height"]
+    (annotations / "captions.json").write_text(json.dumps(captions))
+    rejects = []
+    files = (str(annotations / "captions.json"), str(annotations / "instances.json"))
+    (record,) = read_coco(*files, str(annotations), "train", rejects)
+    assert record.captions == ("A cat.", "Two cats")
+    assert record.instances == (Instance("cat", (0.25, 0.25, 0.75, 0.75)),)
+    assert {(r.row_id, r.reason) for r in rejects} == {("2", "missing_image"), ("3", "no_caption")}
+
+
+def test_boxes_in_pixels_are_no_normalised_ones():
+    assert read_box([-0.01, 0, 1.002, 1]) == (0, 0, 1, 1)
+    with pytest.raises(BadRow, match="pixels") as caught:
+        read_box([0, 0, 120, 80])
+    assert "from 0 to 1" in caught.value.detail
+
+
 @pytest.mark.parametrize(
     "content", ["[]", "{}", '{"images": 3}', '{"images": [1], "annotations": []}', '{"images": [', "<html>"]
 )
@@ -90,7 +111,7 @@ def test_caption_box_lines_and_their_faults(tmp_path):
         {**good, "captions": []},
         {**good, "instances": [{"category": "cat", "bbox": [0, 0, 1]}]},
         {**good, "instances": [{"bbox": [0, 0, 1, 1]}]},
-        {**good, "instances": [{"category": "cat", "bbox": [0.5, 0, 0.5, 1]}]},
+        {**good, "instances": [{"category": "cat", "bbox": [0.5, 0, 0.4, 1]}]},
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     rejects = []
@@ -105,6 +126,31 @@ def test_caption_box_lines_and_their_faults(tmp_path):
         "unknown_category",
         "bad_box",
     ]
+
+
+def test_boxes_without_an_area_are_left_out_and_told(tmp_path, annotations):
+    """COCO has some; those wholly outside the picture refuse it."""
+    (tmp_path / "a.jpg").write_bytes(b"picture")
+    flat, good, crowd = ({"category": "cat", "bbox": [x, 0, 0.5, 1], **more}
+                         for x, more in ((0.5, {}), (0, {}), (0, {"iscrowd": 1})))  # fmt: skip
+    rows = [{"image": "a.jpg", "captions": ["A cat."], "instances": [flat, good, flat, crowd]}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0]))
+    rejects = []
+    [record] = read_caption_boxes(str(tmp_path / "rows.jsonl"), str(tmp_path), "train", rejects)
+    assert record.instances == (Instance("cat", (0.0, 0.0, 0.5, 1.0)),)
+    assert [(r.row_id, r.reason) for r in rejects] == [("row-0", "empty_box")]
+
+    instances = json.loads((annotations / "instances.json").read_text())
+    for box in ([296.65, 388.33, 1.03, 0.0], [10, 10, 0, 5]):
+        instances["annotations"].append({"image_id": 1, "category_id": 17, "bbox": box, "iscrowd": 0})
+    (annotations / "instances.json").write_text(json.dumps(instances))
+    files = (str(annotations / "captions.json"), str(annotations / "instances.json"))
+    rejects = []
+    [record] = read_coco(*files, str(annotations), "train", rejects)
+    assert len(record.instances) == 1
+    assert ("1", "empty_box") in {(r.row_id, r.reason) for r in rejects}
+    with pytest.raises(BadRow, match="inside"):
+        normalise_box([300, 10, 20, 20], 200, 100)
 
 
 @needs(CAPTIONS_AND_BOXES)

@@ -230,6 +230,27 @@ def test_scienceqa_with_a_second_model_and_a_judge(tmp_path: Path) -> None:
         assert len(judge.calls) == 3  # kept from before
 
 
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [(None, "scienceqa.second"), ('{"77": "A"}', "answers no problem of the split")],
+)
+def test_a_second_model_without_a_word_on_the_questions_is_told_before_they_are_asked(
+    tmp_path: Path, written: str | None, message: str
+) -> None:
+    data = make_scienceqa(tmp_path / "sqa")
+    second = tmp_path / "second.json"
+    if written is not None:
+        second.write_text(written)
+    with ChatServer(lambda *_: "The answer is A.") as model:
+        done = evaluate(
+            "--endpoint", model.url, "--endpoint-model", "m", "--tasks", "scienceqa", "--out",
+            tmp_path / "out", f"scienceqa.folder={data}", f"scienceqa.second={second}",
+        )  # fmt: skip
+        assert not model.calls
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
 def test_the_prompt_has_the_original_layout(tmp_path: Path) -> None:
     data = make_llava_bench(tmp_path / "bench")
     rules = tmp_path / "rule.json"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import pytest
 from rayva.errors import DataError
 from rayva.evaluation.reviews import FAILED, parse_scores, read_reviews, score_reviews
 from tests.evaluation.released import figures, rayva
-from tests.reference import WILD, needs
+from tests.reference import ROOT, WILD, needs
 
 
 def review(number: int, scores: list[float], **fields: Any) -> dict[str, Any]:
@@ -115,3 +118,22 @@ def test_cut_and_unequal_runs_are_refused(tmp_path: Path) -> None:
     cut.write_text(Path(whole).read_text()[:-20])
     with pytest.raises(DataError, match="line 3"):
         read_reviews(str(cut))
+
+
+def test_a_reader_that_has_seen_enough_ends_it_quietly(tmp_path: Path) -> None:
+    """`rayva score ... | head`: the output is longer than a pipe holds."""
+    path = tmp_path / "r.jsonl"
+    rows = ({"question_id": n, "category": f"category {n}", "tuple": [5, 6]} for n in range(2000))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rayva.cli", "score", "llava-bench", "--reviews", str(path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "platform")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(timeout=60) == 0

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayva.evaluation.score import is_right, normalise, wilson
+from rayva.evaluation.tasks.vqa import answer_kind
 
 
 @pytest.mark.parametrize(
@@ -17,6 +18,11 @@ from rayva.evaluation.score import is_right, normalise, wilson
         ("\uff32ed", "red"),  # a full-width R
         ("STRASSE", "stra\u00dfe"),
         ("#", "#"),
+        ("-5.", "\u22125"),
+        ("\u20135", "-5"),
+        ("(-5)", "-5"),
+        ("3-5", "3 5"),
+        ("COVID-19", "covid 19"),
     ],
 )
 def test_case_punctuation_articles_and_width_do_not_matter(answer: str, accepted: str) -> None:
@@ -25,10 +31,31 @@ def test_case_punctuation_articles_and_width_do_not_matter(answer: str, accepted
 
 @pytest.mark.parametrize(
     ("answer", "accepted"),
-    [("red", "red circle"), ("not red", "red"), ("", ""), ("", "red"), ("#", "*"), ("1", "2"), (".", "red")],
+    [
+        ("red", "red circle"),
+        ("not red", "red"),
+        ("", ""),
+        ("", "red"),
+        ("#", "*"),
+        ("1", "2"),
+        (".", "red"),
+        ("-5", "5"),
+        ("5", "-5"),
+        ("x = -5", "x = 5"),
+        ("-0.5", "0.5"),
+        ("from -3 to -5", "from 3 to 5"),
+    ],
 )
 def test_other_answers_are_wrong(answer: str, accepted: str) -> None:
     assert not is_right(answer, [accepted])
+
+
+@pytest.mark.parametrize(
+    ("reference", "kind"),
+    [("-5", "number"), ("5.", "number"), ("1,200", "number"), ("No", "yes_no"), ("-", "other")],
+)
+def test_kinds_of_answers(reference: str, kind: str) -> None:
+    assert answer_kind(reference) == kind
 
 
 def test_any_of_the_accepted_answers_will_do() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rayva.commands import score
-from rayva.errors import DataError
+from rayva.errors import DataError, RecipeError
 from rayva.evaluation.predictions import Predictions, read_predictions
 from rayva.evaluation.tasks.scienceqa import (
     Problem,
@@ -19,7 +19,7 @@ from rayva.evaluation.tasks.scienceqa import (
     read_problems,
     score_predictions,
 )
-from rayva.evaluation.tasks.scienceqa_ensemble import complement, judge_prompt, judged
+from rayva.evaluation.tasks.scienceqa_ensemble import answer_of, complement, judge_prompt, judged
 from tests.evaluation.released import figures, rayva
 from tests.reference import SCIENCEQA, needs
 
@@ -133,6 +133,26 @@ def test_breakdowns_and_counts(data: dict[str, Path]) -> None:
     assert found["reported_by_file"] == {"acc": 50.0}
 
 
+def test_without_a_file_of_splits_the_problems_say_it_themselves(data: dict[str, Path]) -> None:
+    """All splits are in the official file of problems; a figure over all of them would be wrong."""
+    path = str(data["problems"])
+    assert [p.problem_id for p in read_problems(path, None, "test")] == ["1", "2", "3", "4"]
+    assert [p.problem_id for p in read_problems(path, None, "train")] == ["9"]
+    with pytest.raises(DataError, match="'val' is empty"):
+        read_problems(path, None, "val")
+    whole = json.loads(data["problems"].read_text())
+    del whole["2"]["split"]
+    data["problems"].write_text(json.dumps(whole))
+    assert len(read_problems(path, None, "test")) == 5
+
+
+def test_another_file_in_place_of_the_splits_is_named_in_a_line(data: dict[str, Path]) -> None:
+    with pytest.raises(DataError, match=r"has no split 'test'; it has none\n.*pid_splits"):
+        read_problems(str(data["problems"]), str(data["problems"]), "test")
+    with pytest.raises(DataError, match=r"has no split 'val'; it has test, train\n"):
+        read_problems(str(data["problems"]), str(data["splits"]), "val")
+
+
 TEXTS = {"1": "The answer is A.", "2": "B", "3": "C. blue", "4": "The answer is B."}
 
 
@@ -189,6 +209,51 @@ def test_the_command_with_a_second_model(data: dict[str, Path], tmp_path: Path) 
     refused = rayva("score", "scienceqa", *places, "--second", second)
     assert refused.returncode == 2
     assert "--ensemble" in refused.stderr
+
+
+def test_what_the_second_model_lacks_is_counted(data: dict[str, Path], tmp_path: Path) -> None:
+    first = write(tmp_path / "f.json", TEXTS)
+    second = write(tmp_path / "g.json", {"1": "The answer is A.", "9": "B"})  # 9 is of another split
+    places = ["--problems", data["problems"], "--splits", data["splits"], "--predictions", first]
+    done = rayva("score", "scienceqa", *places, "--second", second, "--ensemble", "complement")
+    found = json.loads(done.stdout)["ensemble"]
+    assert (found["first_missing"], found["second_missing"], found["second_not_in_split"]) == (0, 3, 1)
+    assert "3 of 4 questions have no answer in the file of --second" in done.stderr
+    write(second, {"9": "B"})
+    refused = rayva("score", "scienceqa", *places, "--second", second, "--ensemble", "complement")
+    assert refused.returncode == 2
+    assert "g.json answers no problem of the split" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--ensemble judge", "--second FILE and --ensemble"),
+        ("--second g --ensemble judge", "--ensemble judge needs a judge\n  -> give --judged FILE"),
+        ("--second g --ensemble judge --judge-model m", "give --judged FILE"),
+        ("--second g --ensemble judge --judge-url http://h", "needs --judge-model and --judge-out"),
+        ("--second g --ensemble judge --judge-url http://h --judge-out o", "needs --judge-model"),
+        ("--second g --ensemble judge --judged j --judge-url http://h", "leave one of them out"),
+        ("--second g --ensemble complement --judged j", "--judged is for a judge"),
+        ("--second g --ensemble complement --judge-url http://h", "--judge-url is for a judge"),
+        ("--judge-model m", "--judge-model is for a judge\n  -> give --second FILE --ensemble judge"),
+        ("--judge-temperature 0", "--judge-temperature is for a judge"),
+    ],
+)
+def test_options_of_an_ensemble_that_lack_one_another_are_refused(given: str, message: str) -> None:
+    """Before any file is read: there are none."""
+    parser = argparse.ArgumentParser()
+    score.add_arguments(parser)
+    options = parser.parse_args(["scienceqa", "--problems", "p", "--predictions", "f", *given.split()])
+    with pytest.raises(RecipeError) as caught:
+        score.run(options)
+    assert message in str(caught.value)
+
+
+def test_a_judge_reads_what_files_of_indices_say() -> None:
+    second = Predictions("second", {}, {"1": 2, "2": -1})
+    assert [answer_of(problem(key, 0), second) for key in ("1", "2", "3")] == ["The answer is C.", "", ""]
+    assert answer_of(problem("1", 0), Predictions("first", {"1": "It is B."}, {"1": 0})) == "It is B."
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,11 @@ from rayva.instruct.prompts import PromptSet
 from rayva.instruct.tasks import KINDS, Task
 from rayva.instruct.teachers import Requests, batch_lines, read_batch_results
 from rayva.llm.cache import AnswerCache
+from rayva.orchestration.generate_batch import BatchFiles, read_batches, split_lines, write_batch_files
+from rayva.orchestration.generate_run import Plan
 from rayva.recipes.schema import Generation
 from rayva.storage import Storage
+from tests.instruct.planned import batch_plan, outcomes_of, price_of
 from tests.llm.teacher import in_format
 
 DOG = Context("7", "7.jpg", ("A dog runs over the grass.",))
@@ -111,6 +114,68 @@ def test_from_the_first_file_to_the_last(tmp_path: Path) -> None:
     assert not list(storage.glob("steps/generate-*/batch/*"))
 
 
+def _asked(files: BatchFiles) -> list[dict[str, Any]]:
+    return [json.loads(line) for uri in files.uris for line in Path(uri).read_text().splitlines()]
+
+
+def _answer(plan: Plan, folder: Path, rows: list[dict[str, Any]], text: str | None = None) -> None:
+    results = folder / "results.jsonl"
+    results.write_text("".join(json.dumps(result(row, text)) + "\n" for row in rows))
+    assert read_batches(plan, [str(results)])["read"] == len(rows)
+
+
+def test_answers_that_come_twice_are_asked_again_and_end(tmp_path: Path) -> None:
+    plan = batch_plan(tmp_path, ["A dog runs.", "A cat sits."], attempts=3)
+    canned = "There is something to be seen in this picture, and it is worth a long look at the whole of it."
+    asked = []
+    for _ in range(plan.settings.attempts):
+        files = write_batch_files(plan, outcomes_of(plan), price_of(plan))
+        asked.append(files.requests)
+        _answer(plan, tmp_path, _asked(files), canned)
+    outcomes = outcomes_of(plan)
+    assert asked == [2, 1, 1]
+    assert [outcome.status for outcome in outcomes.values()] == ["accepted", "rejected"]
+    assert [attempt.reason for attempt in outcomes[1].attempts] == ["duplicate"] * 3
+    assert write_batch_files(plan, outcomes, price_of(plan)).uris == []
+
+
+def test_the_same_request_is_written_once(tmp_path: Path) -> None:
+    plan = batch_plan(tmp_path, ["A dog runs."] * 3)
+    files = write_batch_files(plan, outcomes_of(plan), price_of(plan))
+    assert (files.requests, len(_asked(files))) == (1, 1)
+    _answer(plan, tmp_path, _asked(files))
+    assert [outcome.status for outcome in outcomes_of(plan).values()] == ["accepted", "waiting", "waiting"]
+
+
+def test_max_cost_holds_for_batch_files(tmp_path: Path) -> None:
+    captions = [f"Dog number {n} runs over the grass." for n in range(6)]
+    all_files = write_batch_files(
+        whole := batch_plan(tmp_path, captions), outcomes_of(whole), price_of(whole)
+    )
+    assert (all_files.requests, all_files.left_out) == (6, 0)
+    each = all_files.cost_at_most / 6
+    plan = batch_plan(tmp_path, captions, max_cost=2.5 * each)
+    files = write_batch_files(plan, outcomes_of(plan), price_of(plan))
+    assert (files.requests, files.left_out) == (2, 4)
+    assert files.cost_at_most == pytest.approx(2 * each)
+    assert files.cost_at_most <= 2.5 * each
+    # The answers cost 150 tokens each, much less than they might have: there is room for another request.
+    _answer(plan, tmp_path, _asked(files))
+    more = write_batch_files(plan, outcomes_of(plan), price_of(plan))
+    assert 0.3 + more.cost_at_most <= 2.5 * each < 0.3 + more.cost_at_most + each
+    assert more.requests + more.left_out == 4
+    spent = batch_plan(tmp_path, captions, max_cost=0.3)
+    assert write_batch_files(spent, outcomes_of(spent), price_of(spent)).requests == 0
+
+
+def test_files_are_no_larger_than_the_batch_api_takes() -> None:
+    lines = [b"x" * size for size in (5, 5, 5, 30, 1, 1, 1, 1)]
+    files = list(split_lines(lines, most_lines=3, most_bytes=12))
+    assert [len(content) for content in files] == [10, 5, 30, 3, 1]
+    assert b"".join(files) == b"".join(lines)
+    assert list(split_lines([])) == []
+
+
 def _read(folder: Path, content: bytes) -> dict[str, int]:
     requests = Requests(Generation(teacher="batch", model="m"), PromptSet.load())
     known = {request.digest: request for request in (requests.of(Task(kind, 0, DOG)) for kind in KINDS)}
@@ -155,6 +220,23 @@ def _damaged(line: bytes, rng: random.Random) -> bytes:
     place = rng.choice([row, row["response"], row["response"]["body"], row["response"]["body"]["choices"][0]])
     place[rng.choice(keys)] = json.loads(rng.choice(values))
     return rng.choice([line[:at], line[at:], json.dumps(row).encode(), rng.choice(values).encode()])
+
+
+def test_results_are_written_together_also_those_before_a_bad_line(tmp_path: Path) -> None:
+    """On an object store each write is an object of its own."""
+    lines = [json.dumps(result(row)) for row in _requests()]
+    with pytest.raises(DataError, match="line 3"):
+        _read(tmp_path, "\n".join([lines[0], lines[1], "[]", lines[2]]).encode())
+    found = AnswerCache(Storage(str(tmp_path / "storage")))
+    assert len(found) == 2
+    storage = Storage(f"memory://{tmp_path.name}")
+    cache = AnswerCache(storage)
+    requests = Requests(Generation(teacher="batch", model="m"), PromptSet.load())
+    known = {request.digest: request for request in (requests.of(Task(kind, 0, DOG)) for kind in KINDS)}
+    (tmp_path / "r.jsonl").write_text("\n".join(lines + lines))
+    counts = read_batch_results(str(tmp_path / "r.jsonl"), known.get, cache)
+    assert (counts["read"], counts["known"]) == (3, 3)
+    assert len(storage.list("answers")) == 1
 
 
 def test_results_given_twice_change_nothing(tmp_path: Path) -> None:

@@ -37,9 +37,10 @@ def test_jsonl_gives_contexts_and_names_bad_rows(tmp_path: Path) -> None:
         good,
         "{broken",
         {**good, "id": "b", "captions": [" "]},
-        {**good, "id": "c", "instances": [{"category": "dog", "bbox": [0.5, 0, 0.5, 1]}]},
+        {**good, "id": "c", "instances": [{"category": "dog", "bbox": [0.5, 0, 0.4, 1]}]},
         {**good, "id": "d", "captions": "A dog."},
         [1],
+        {**good, "id": ["e"]},
         {**good, "id": 9, "instances": []},
     )
     read = list(contexts.read_contexts(path))
@@ -47,7 +48,7 @@ def test_jsonl_gives_contexts_and_names_bad_rows(tmp_path: Path) -> None:
     assert [c.id for c in usable] == ["a", "9"]
     assert usable[0] == Context("a", "a.jpg", ("A dog.",), (Instance("dog", (0.0, 0.0, 0.5, 1.0)),))
     reasons = [r.reason for r in read if isinstance(r, BadContext)]
-    assert reasons == ["not_json", "no_caption", "bad_box", "malformed_row", "not_an_object"]
+    assert reasons == ["not_json", "no_caption", "bad_box", "malformed_row", "not_an_object", "bad_id"]
 
 
 def test_coco_files_need_no_pictures(tmp_path: Path) -> None:
@@ -64,12 +65,14 @@ def test_coco_files_need_no_pictures(tmp_path: Path) -> None:
             "annotations": [
                 {"image_id": 1, "category_id": 5, "bbox": [20, 10, 100, 50]},
                 {"image_id": 1, "category_id": 5, "bbox": [0, 0, 200, 100], "iscrowd": 1},
+                {"image_id": 1, "category_id": 5, "bbox": [20, 10, 1.03, 0.0]},
             ],
         },
     )
     good, bad = contexts.from_coco(captions, instances)
     assert isinstance(good, Context)
     assert good.instances == (Instance("dog", (0.1, 0.1, 0.6, 0.6)),)
+    assert (good.crowds, good.empty_boxes) == (("dog",), 1)
     assert isinstance(bad, BadContext)
     assert bad.reason == "no_caption"
 

@@ -46,6 +46,8 @@ def test_what_is_written_is_read_back(pairs: list[Pair]) -> None:
         "**Question 1:**\nWhat is it?\n\n===\n\n**Answer 1:**\n\nIt is a dog.\n===\n",
         "===\n### Question:\nWhat is it?\n  ===  \n### Answer:\nIt is a dog.",
         "```\nQuestion:\nWhat is it?\n===\nAnswer:\nIt is a dog.\n```",
+        "<think>\nAnswer: ... ===\n</think>\n\nQuestion:\nWhat is it?\n===\nAnswer:\nIt is a dog.",
+        "The opening tag was in the prompt.</think>Question:\nWhat is it?\n===\nAnswer:\nIt is a dog.",
         "\ufeffQuestion:\nWhat is it?\n===\n===\nAnswer:\nIt is a dog.",
     ],
 )
@@ -58,6 +60,8 @@ def test_harmless_variation_is_read_over(text: str) -> None:
     [
         ("empty", "conversation", " \n", "stop"),
         ("empty", "detail", None, "stop"),
+        ("empty", "detail", "<think>I need not say anything.</think>", "stop"),
+        ("cut", "detail", "<think>\nThe user wants a description. Let me think.", "stop"),
         ("cut", "conversation", GOOD, "length"),
         ("cut", "conversation", GOOD + "\n===\nQuestion:\nWhere is", None),
         ("cut", "conversation", "Question:\nWhat?\n===\nAnswer:\nThe dog sits on the", "stop"),

@@ -10,8 +10,9 @@ from rayva.data import scenes
 from rayva.data.schema import Instance
 from rayva.instruct import contexts
 from rayva.instruct.contexts import Context, Kind
+from rayva.instruct.contradictions import plural
 from rayva.instruct.parse import Pair, parse
-from rayva.instruct.rules import RULES, Duplicates, check, plural
+from rayva.instruct.rules import RULES, Duplicates, check
 from rayva.instruct.symbolic import symbolic_answer
 from tests.reference import CAPTIONS_AND_BOXES, LLAVA_DATA, needs
 
@@ -34,6 +35,9 @@ BROKEN = [
     ("refuses", "What is it?", "I don't see any image here."),
     ("refuses", "What is it?", "As an AI language model, I have no eyes."),
     ("misses_image", "What is it?", "Please upload an image so that we can talk about it."),
+    ("replies_to_the_prompt", "Describe it.", "Sure! Here's a detailed description of it:\n\nTwo dogs play."),
+    ("replies_to_the_prompt", "Describe it.", "**Here is the description you asked for:**\n\nTwo dogs play."),
+    ("replies_to_the_prompt", "Why?", "The dogs are at play. Let me know if you need anything else!"),
     ("not_a_question", "???", "It is a dog."),
     ("mentions_caption", "What is it?", "According to the captions, it is a dog."),
     ("mentions_caption", "What is it?", "The second caption says that it is a dog."),
@@ -47,6 +51,20 @@ BROKEN = [
     ("contradicts_count", "What is there?", "There is one dog in the park."),
     ("contradicts_count", "How many dogs are there?", "Five."),
     ("contradicts_count", "How many dogs are there?", "I can count four dogs here."),
+    ("contradicts_count", "How many dogs?", "Three."),
+    ("contradicts_count", "How many dogs are in the picture?", "There are three."),
+    ("contradicts_count", "How many dogs can you see in the image?", "I can see 3 dogs in the image."),
+    ("contradicts_count", "How many dogs are visible in this photo?", "Exactly one."),
+    ("contradicts_count", "How many dogs are there?", "None."),
+    ("contradicts_count", "How many dogs does the picture show?", "Three: one is brown, two are black."),
+    ("contradicts_category", "Are there dogs?", "No."),
+    ("contradicts_category", "Are there dogs in the picture?", "No, there are only cats."),
+    ("contradicts_category", "Can you see dogs?", "None."),
+    ("contradicts_category", "Does the image show a bench?", "No, it does not."),
+    ("contradicts_category", "Is a person visible in the photo?", "No."),
+    ("contradicts_category", "Are there any people?", "There aren\u2019t any."),
+    ("contradicts_category", "What is there?", "It is a park. There isn't a bench here."),
+    ("contradicts_category", "What is there?", "No people are visible in the image."),
     ("contradicts_category", "Is there a bench in the image?", "No, there is nothing to sit on."),
     ("contradicts_category", "What is there?", "There are no dogs in the picture."),
 ]
@@ -64,6 +82,33 @@ FINE = [
     ("How many legs does a dog have?", "Four legs, as dogs do."),
     ("Are there any cars in the scene?", "No, I don't see any cars in the scene."),
     ("What is it?", "Red"),
+    ("What is it?", "Sure enough, it is a dog: the question is whose."),
+    ("Where is the bench?", "Here is the bench:\non the grass."),
+    # Some of them, and what is like them in name only.
+    ("How many dogs are in the water?", "One."),
+    ("How many dogs have collars?", "One."),
+    ("How many dogs are there on the left?", "One."),
+    ("How many dogs are there?", "One dog is lying on the grass, another runs."),
+    ("How many dogs are there?", "There are two: one dog is brown, one is black."),
+    ("How many dogs are there?", "There are at least one dog and a man."),
+    ("How many dogs are there?", "A couple."),
+    ("How many dogs are there?", "A couple of dogs."),
+    ("What is there?", "There are three dog bowls on the grass."),
+    ("What is there?", "There is one dog house."),
+    ("What is there?", "There are three hot dogs."),
+    ("Why is it calm?", "If there are three dogs in a park, they may play; here it is only a pair of them."),
+    ("How many hot dogs are there?", "Three."),
+    ("How many ducks are there?", "Three."),
+    # Not in some place, not more, not in truth.
+    ("Are there dogs on the bench?", "No."),
+    ("Are there other dogs?", "No."),
+    ("Are there benches in the picture?", "No, there is only one bench."),
+    ("Are there people?", "No, just one man."),
+    ("Is there a dog house?", "No."),
+    ("What is there?", "There are no dogs in the image that wear a collar."),
+    ("What is there?", "There are no people in the background."),
+    ("What is there?", "There are no people visible behind the bench."),
+    ("Why is it so?", "If there are no dogs in the picture, nobody runs."),
 ]
 
 
@@ -87,6 +132,41 @@ def test_a_caption_outweighs_the_boxes() -> None:
     said = [Pair("What is there?", "There are three dogs.")]
     context = Context("p", "p.jpg", ("Three dogs run.",), PARK.instances)
     assert check("conversation", said, context) is None
+
+
+@pytest.mark.parametrize(
+    ("captions", "boxes", "crowds", "claim", "refused"),
+    [
+        ("A dog in a park.", ["dog"], [], "three dogs", True),
+        ("Dogs in a park.", ["dog"], [], "three dogs", False),  # captions know of more than the boxes do
+        ("A dog in a park.", ["dog"], ["dog"], "three dogs", False),
+        ("A herd of sheep.", ["sheep"] * 3, [], "eight sheep", False),
+        ("Sheep stand in a field.", ["sheep"] * 3, [], "eight sheep", True),
+        ("A crowd of people.", ["person"] * 4, [], "nine people", False),
+        ("People on a street.", ["person"] * 4, ["person"], "nine people", False),
+        ("People on a street.", ["person"] * 4, [], "nine people", True),
+        ("A couple of people.", ["person"] * 4, [], "two people", False),
+        ("A man walks with a tall woman.", ["person"] * 4, [], "two people", False),
+        ("Fruit in a bowl.", ["banana"] * 2, [], "five bananas", False),  # boxed in bunches
+        ("A shelf.", ["book"] * 3, [], "six books", False),
+        ("A kite.", ["kite"], [], "three giraffes", False),  # not in the list
+    ],
+)
+def test_boxes_count_only_what_they_are_sure_of(
+    captions: str, boxes: list[str], crowds: list[str], claim: str, refused: bool
+) -> None:
+    context = Context("p", "p.jpg", (captions,), tuple(Instance(b, BOX) for b in boxes), tuple(crowds))
+    number, noun = claim.split()
+    for pair in (Pair("What is there?", f"There are {claim}."), Pair(f"How many {noun}?", f"{number}.")):
+        assert (check("conversation", [pair], context) == "contradicts_count") == refused, pair
+
+
+def test_a_crowd_is_there_and_a_caption_may_deny_it() -> None:
+    said = [Pair("Are there people?", "No.")]
+    crowd = Context("p", "p.jpg", ("A street.",), (), ("person",))
+    assert check("conversation", said, crowd) == "contradicts_category"
+    denied = Context("p", "p.jpg", ("A street without people.",), (), ("person",))
+    assert check("conversation", said, denied) is None
 
 
 def test_short_descriptions_are_refused() -> None:

@@ -8,8 +8,12 @@ Started as a script: `teacher.py PLAN.json`. The plan says what the server does:
                 (`every` calls apart): retry_after, server_error, slow, cut, not_json, garbage, refusal
     answers     {kind: text}: what is answered to a prompt whose system message names the kind
     key         the key that is asked for, if any
+    limit_name  the setting's name for the longest answer; another one is refused
+    forbidden   setting that is refused
+    pause       seconds that `Retry-After` asks for
 
-Prints its port. GET /stats gives {"calls", "busy", "seconds"}: busy adds up the seconds of all answers.
+Prints its port. GET /stats gives {"calls", "busy", "seconds", "early"}: busy adds up the seconds of all
+answers, early counts the calls that came before the time that `Retry-After` had named.
 """
 
 import asyncio
@@ -30,9 +34,11 @@ class Teacher:
         self.slots = asyncio.Semaphore(plan.get("concurrent", 1000))
         self.busy = 0.0
         self.first = self.last = 0.0
+        self.early, self.closed_until = 0, 0.0
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         self.calls += 1
+        self.early += time.monotonic() < self.closed_until
         number = self.calls
         fault = None
         if self.faults and number % self.plan.get("every", 1) == 0:
@@ -40,6 +46,13 @@ class Teacher:
         if (key := self.plan.get("key")) and request.headers.get("Authorization") != f"Bearer {key}":
             return web.json_response({"error": {"message": "wrong key"}}, status=401)
         body = await request.json()
+        wanted = self.plan.get("limit_name", "max_tokens")
+        if wanted not in body:
+            told = f"Unsupported parameter: 'max_tokens'. Use '{wanted}' instead."
+            return web.json_response({"error": {"message": told, "param": "max_tokens"}}, status=400)
+        if (forbidden := self.plan.get("forbidden")) in body:
+            detail = [{"type": "extra_forbidden", "loc": ["body", forbidden], "msg": "not permitted"}]
+            return web.json_response({"detail": detail}, status=422)
         async with self.slots:
             started = time.monotonic()
             self.first = self.first or started
@@ -52,7 +65,9 @@ class Teacher:
         self, request: web.Request, body: dict[str, Any], fault: str | None, number: int
     ) -> web.StreamResponse:
         if fault == "retry_after":
-            return web.json_response({"error": "slow down"}, status=429, headers={"Retry-After": "0.3"})
+            pause = self.plan.get("pause", 0.3)
+            self.closed_until = time.monotonic() + pause
+            return web.json_response({"error": "slow down"}, status=429, headers={"Retry-After": str(pause)})
         if fault == "server_error":
             return web.Response(status=500, text="oops")
         if fault == "slow":
@@ -76,7 +91,14 @@ class Teacher:
         return web.json_response({"model": body["model"], "choices": [choice], "usage": usage})
 
     async def stats(self, _: web.Request) -> web.Response:
-        return web.json_response({"calls": self.calls, "busy": self.busy, "seconds": self.last - self.first})
+        return web.json_response(
+            {
+                "calls": self.calls,
+                "busy": self.busy,
+                "seconds": self.last - self.first,
+                "early": self.early,
+            }
+        )
 
 
 def in_format(body: dict[str, Any], number: int) -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from dataclasses import replace
 from email.utils import formatdate
 from pathlib import Path
 
@@ -70,6 +71,54 @@ def test_a_server_that_is_away_is_given_up_after_the_attempts(tmp_path: Path) ->
     assert "after 3 attempts" in str(error)
 
 
+def test_a_server_that_goes_on_failing_is_given_up(tmp_path: Path) -> None:
+    with teacher(tmp_path, faults=["server_error"] * 200) as server:
+        errors = ask_all(server, [request(n) for n in range(80)], attempts=2, concurrency=1)
+        assert server.calls == 2 * 50
+    assert all(isinstance(error, PassingError) for error in errors)
+    assert str(errors[-1]) == "given up: 50 requests in a row; HTTP 500: oops (after 2 attempts)"
+
+
+def test_refusals_of_single_requests_are_no_failures_of_the_endpoint(tmp_path: Path) -> None:
+    refused = [replace(request(n), sampling=Sampling(temperature=0.5)) for n in range(60)]
+    with teacher(tmp_path, forbidden="temperature") as server:
+        answers = ask_all(server, [*refused, request(0)], concurrency=1)
+    assert [type(answer) for answer in answers] == [PermanentError] * 60 + [ChatAnswer]
+
+
+def test_failures_with_successes_between_them_are_no_row(tmp_path: Path) -> None:
+    with teacher(tmp_path, faults=["server_error"] * 60, every=2) as server:
+        answers = ask_all(server, [request(n) for n in range(140)], attempts=1, concurrency=1)
+        assert server.calls == 140
+    assert sum(isinstance(answer, ChatAnswer) for answer in answers) == 80
+
+
+def test_a_model_that_calls_the_longest_answer_otherwise_is_asked_in_its_words(tmp_path: Path) -> None:
+    with teacher(tmp_path, limit_name="max_completion_tokens") as server:
+        answers = ask_all(server, [request(n) for n in range(5)], concurrency=1)
+        assert all(isinstance(answer, ChatAnswer) for answer in answers)
+        assert server.calls == 6
+    (tmp_path / "other").mkdir()
+    # Some refuse any value with both names in their words.
+    with teacher(tmp_path / "other", limit_name="nothing, max_completion_tokens or") as server:
+        [error] = ask_all(server, [request(0)])
+        assert isinstance(error, PermanentError)
+        assert server.calls == 2
+
+
+def test_an_endpoint_that_takes_no_seed_is_asked_without(tmp_path: Path) -> None:
+    seeded = [replace(request(n), sampling=Sampling(max_tokens=50, seed=n)) for n in range(4)]
+    with teacher(tmp_path, forbidden="seed") as server:
+        answers = ask_all(server, seeded, concurrency=1)
+        assert all(isinstance(answer, ChatAnswer) for answer in answers)
+        assert server.calls == 5
+    (tmp_path / "other").mkdir()
+    with teacher(tmp_path / "other", forbidden="temperature") as server:
+        [error] = ask_all(server, [replace(seeded[0], sampling=Sampling(temperature=0.5))])
+        assert isinstance(error, PermanentError)  # another temperature would be another answer
+        assert server.calls == 1
+
+
 def test_no_more_calls_in_flight_than_allowed(tmp_path: Path) -> None:
     with teacher(tmp_path, latency=0.05) as server:
         started = time.monotonic()
@@ -86,6 +135,43 @@ def test_an_answer_is_paid_once_also_in_a_later_process(tmp_path: Path) -> None:
     texts = [a.text for a in first if isinstance(a, ChatAnswer)]
     assert [a.text for a in again[:20] if isinstance(a, ChatAnswer)] == texts
     assert [a.cached for a in again if isinstance(a, ChatAnswer)] == [True] * 20 + [False] * 5
+
+
+def test_the_same_request_in_flight_twice_is_paid_once(tmp_path: Path) -> None:
+    cache = AnswerCache(Storage(str(tmp_path / "s")))
+    with teacher(tmp_path, latency=0.1) as server:
+        # One slot: whoever waits for another's call must not hold it.
+        answers = ask_all(server, [request(n % 2) for n in range(6)], cache, concurrency=1)
+        assert server.calls == 2
+    told = [(a.text, a.cached) for a in answers if isinstance(a, ChatAnswer)]
+    assert told == [(f"echo question {n % 2}", n >= 2) for n in range(6)]
+
+
+def test_who_waits_for_the_same_request_gets_its_error(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("TEST_KEY", "wrong")
+    with teacher(tmp_path, key="right", latency=0.05) as server:
+        errors = ask_all(server, [request(0)] * 3, api_key_env="TEST_KEY")
+        assert [type(error) for error in errors] == [PermanentError] * 3
+        assert server.calls == 1
+        # An error is not kept: a later call asks again.
+        monkeypatch.setenv("TEST_KEY", "right")
+        assert isinstance(ask_all(server, [request(0)], api_key_env="TEST_KEY")[0], ChatAnswer)
+
+
+def test_who_waits_for_a_request_that_is_cancelled_asks_itself(tmp_path: Path) -> None:
+    async def run(server: Running) -> list[ChatAnswer | BaseException]:
+        async with ChatClient(Endpoint(server.base_url, concurrency=1)) as client:
+            calls = [asyncio.create_task(client.ask(request(0))) for _ in range(4)]
+            while server.calls == 0:
+                await asyncio.sleep(0.01)
+            calls[1].cancel()  # one that waits takes nobody with it
+            calls[0].cancel()
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+    with teacher(tmp_path, latency=0.1) as server:
+        answers = asyncio.run(run(server))
+        assert server.calls == 2
+    assert [type(a) for a in answers] == [asyncio.CancelledError] * 2 + [ChatAnswer] * 2
 
 
 def test_another_sampling_or_attempt_is_another_question() -> None:
@@ -136,6 +222,16 @@ def test_limits_on_requests_and_tokens_hold_calls_back(tmp_path: Path) -> None:
         started = time.monotonic()
         ask_all(server, [request(n) for n in range(55)], requests_per_minute=600, concurrency=64)
         assert time.monotonic() - started >= 0.4
+
+
+def test_calls_that_wait_for_a_limit_keep_a_pause_that_is_asked_for_meanwhile(tmp_path: Path) -> None:
+    # 1200 tokens a minute: 100 at once, then 20 a second. The first call is answered with 429 while the
+    # second, for which the limit has room about half a second later, waits for it.
+    with teacher(tmp_path, faults=["retry_after"], pause=1.0, prompt_tokens=1) as server:
+        answers = ask_all(server, [request(0, 10), request(1, 80)], tokens_per_minute=1200, concurrency=2)
+        stats = server.stats()
+    assert all(isinstance(answer, ChatAnswer) for answer in answers)
+    assert (stats["calls"], stats["early"]) == (3, 0)
 
 
 @pytest.mark.parametrize("url", ["ftp://x/v1", "localhost:8000", "http://user:hunter2@host/v1"])

@@ -11,8 +11,8 @@ from aiohttp import web
 
 from rayva.llm.cache import AnswerCache
 from rayva.llm.client import BudgetSpent, ChatClient, Endpoint
-from rayva.llm.prices import Budget, Price
-from rayva.llm.request import ChatAnswer, ChatRequest, PassingError, Sampling, read_completion
+from rayva.llm.prices import FREE, Budget, Price
+from rayva.llm.request import ChatAnswer, ChatRequest, PassingError, PermanentError, Sampling, read_completion
 from rayva.storage import Storage
 
 ONE = ChatRequest("m", ({"role": "user", "content": "question"},), Sampling(max_tokens=50))
@@ -47,7 +47,18 @@ def test_an_answer_can_always_be_written_and_never_costs_less_than_nothing() -> 
     assert read_completion(completion("\ud83d\ude00"), ONE, 0.0).text == "\U0001f600"
 
 
-async def _served(bodies: list[bytes], cache: AnswerCache, budget: Budget) -> list[Any]:
+def test_text_in_parts_and_refusals_are_text() -> None:
+    parts = [{"type": "text", "text": "It is "}, {"type": "text", "text": "a dog."}]
+    assert read_completion(completion(parts), ONE, 0.0).text == "It is a dog."
+    refusal = {"choices": [{"message": {"content": None, "refusal": "I'm sorry."}}]}
+    assert read_completion(refusal, ONE, 0.0).text == "I'm sorry."
+
+
+PRICE = Price(0.0, 1.0)
+"""A dollar for a million tokens of answers."""
+
+
+async def _served(bodies: list[bytes], cache: AnswerCache, budget: Budget, price: Price = PRICE) -> list[Any]:
     """Asks `ONE` of a server that gives these bodies in turn, until it is answered or refused."""
 
     async def respond(_: web.Request) -> web.Response:
@@ -60,14 +71,14 @@ async def _served(bodies: list[bytes], cache: AnswerCache, budget: Budget) -> li
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     endpoint = Endpoint(f"http://127.0.0.1:{runner.addresses[0][1]}/v1", first_delay=0.01)
     try:
-        async with ChatClient(endpoint, cache, budget, Price(0.0, 1.0)) as client:
+        async with ChatClient(endpoint, cache, budget, price) as client:
             return await asyncio.gather(client.ask(ONE), return_exceptions=True)
     finally:
         await runner.cleanup()
 
 
 def test_lost_answers_count_as_spent_also_after_a_restart(tmp_path: Path) -> None:
-    storage, price = Storage(str(tmp_path)), Price(0.0, 1.0)
+    storage, price = Storage(str(tmp_path)), PRICE
     good = json.dumps(completion(usage={"prompt_tokens": 5, "completion_tokens": 10})).encode()
     worst = 50 / 1_000_000
     budget = Budget(10 * worst)
@@ -81,7 +92,32 @@ def test_lost_answers_count_as_spent_also_after_a_restart(tmp_path: Path) -> Non
     assert sum(price.of_answer(a) for a in again.answers()) == pytest.approx(budget.spent)
 
 
+@pytest.mark.parametrize(("code", "calls"), [(502, 2), (429, 2), (400, 1), ("bad_gateway", 2)])
+def test_an_error_that_comes_with_status_200_is_what_it_says(tmp_path: Path, code: Any, calls: int) -> None:
+    """Routers to several endpoints answer so. Without a status it is no completion, and may be billed."""
+    told = json.dumps({"error": {"message": "nobody is there", "code": code}}).encode()
+    bodies = [told, json.dumps(completion()).encode()]
+    cache = AnswerCache(Storage(str(tmp_path)))
+    [answer] = asyncio.run(_served(bodies, cache, Budget(None)))
+    assert 2 - len(bodies) == calls
+    if calls == 1:
+        assert isinstance(answer, PermanentError)
+        assert "HTTP 400: nobody is there" in str(answer)
+    else:
+        assert isinstance(answer, ChatAnswer)
+    assert len(cache.lost()) == (not isinstance(code, int))
+
+
 def test_lost_answers_use_the_budget_up(tmp_path: Path) -> None:
     budget = Budget(2.5 * 50 / 1_000_000)
     [error] = asyncio.run(_served([b"{"] * 6, AnswerCache(Storage(str(tmp_path))), budget))
     assert isinstance(error, BudgetSpent)
+
+
+def test_a_lost_answer_is_kept_in_mind_before_the_price_is_known(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    good = json.dumps(completion()).encode()
+    asyncio.run(_served([b"<html>", good], AnswerCache(storage), Budget(None), FREE))
+    [(digest, most)] = AnswerCache(storage).lost()
+    assert digest == ONE.digest
+    assert PRICE.of_answer(most) == pytest.approx(50 / 1_000_000)

@@ -243,15 +243,10 @@ def run(options: argparse.Namespace) -> int:
     )
     rows = islice(read_json_rows(options.data, "DATA.json"), options.limit)
     inspected = _counted(inspector.inspect(row) for row in rows)
-    try:
-        if options.json:
-            write_json(inspected, sys.stdout)
-        else:
-            write_report(inspected, sys.stdout, tokenizer, options.show, options.max_tokens)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader (head, less) has seen enough; what Python still holds back is written nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if options.json:
+        write_json(inspected, sys.stdout)
+    else:
+        write_report(inspected, sys.stdout, tokenizer, options.show, options.max_tokens)
     return 0
 
 

@@ -12,7 +12,7 @@ import argparse
 import json
 from typing import Any
 
-from rayva.errors import DataError
+from rayva.errors import DataError, RecipeError
 from rayva.evaluation.predictions import Predictions, read_predictions, require_overlap
 from rayva.evaluation.reading import as_id, as_object, as_text, read_document, read_rows
 from rayva.evaluation.reviews import read_reviews, score_reviews
@@ -21,6 +21,17 @@ from rayva.progress import say
 from rayva.storage import Storage
 
 SUBCOMMANDS = True
+
+_JUDGE_KEY_ENV = "OPENAI_API_KEY"
+_JUDGE_OPTIONS = {
+    "--judge-url": "judge_url",
+    "--judge-model": "judge_model",
+    "--judge-out": "judge_out",
+    "--judge-key-env": "judge_key_env",
+    "--judge-temperature": "judge_temperature",
+}
+_NEEDED = ("--judge-model", "--judge-out")
+"""What a judge that is asked now cannot do without."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _scienceqa_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--problems", required=True, metavar="FILE", help="problems.json")
-    parser.add_argument("--splits", metavar="FILE", help="pid_splits.json; default: all problems")
+    parser.add_argument("--splits", metavar="FILE", help="pid_splits.json; default: what the problems say")
     parser.add_argument("--split", default="test", help="default: %(default)s")
     parser.add_argument("--predictions", required=True, metavar="FILE")
     parser.add_argument("--second", metavar="FILE", help="predictions of a second model")
@@ -64,14 +75,39 @@ def _scienceqa_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _judge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--judge-url", metavar="URL", help="ask a judge now, at this endpoint")
-    parser.add_argument("--judge-model", metavar="NAME")
+    parser.add_argument("--judge-model", metavar="NAME", help="its model: pin an exact version")
     parser.add_argument(
-        "--judge-key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable of its key"
+        "--judge-key-env", metavar="NAME", help=f"variable of its key (default: {_JUDGE_KEY_ENV})"
     )
-    parser.add_argument("--judge-temperature", type=float, default=0.0, help="default: 0")
+    parser.add_argument("--judge-temperature", type=float, metavar="T", help="default: 0")
     parser.add_argument(
         "--judge-out", metavar="FOLDER", help="keeps its answers; asked again, nothing is paid twice"
     )
+
+
+def _check_ensemble(options: argparse.Namespace) -> None:
+    """Options of an ensemble that lack one another, before any file is read or any judge is asked."""
+    if (options.second is None) != (options.ensemble is None):
+        raise RecipeError("an ensemble takes two models", "give --second FILE and --ensemble together")
+    asked = {flag: getattr(options, name) for flag, name in _JUDGE_OPTIONS.items()}
+    given = [flag for flag, value in asked.items() if value is not None]
+    if options.ensemble != "judge":
+        if given or options.judged is not None:
+            flag = "--judged" if options.judged is not None else given[0]
+            raise RecipeError(f"{flag} is for a judge", "give --second FILE --ensemble judge too")
+        return
+    if options.judged is not None and given:
+        raise RecipeError(
+            f"--judged holds the answers of a judge that was asked before, {given[0]} asks one now",
+            "leave one of them out",
+        )
+    if options.judged is None and options.judge_url is None:
+        raise RecipeError(
+            "--ensemble judge needs a judge",
+            "give --judged FILE with its answers; or --judge-url, --judge-model and --judge-out to ask it",
+        )
+    if options.judged is None and (lacking := [f for f in _NEEDED if asked[f] is None]):
+        raise RecipeError(f"--judge-url needs {' and '.join(lacking)}", f"give {' and '.join(lacking)} too")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -80,15 +116,14 @@ def run(options: argparse.Namespace) -> int:
     figures = score[options.task](options)
     if figures.get("missing"):
         say(f"warning: {figures['missing']} of {figures['questions']} questions have no answer in the file")
+    if second := figures.get("ensemble", {}).get("second_missing"):
+        say(f"warning: {second} of {figures['questions']} questions have no answer in the file of --second")
     print(json.dumps(figures, indent=1, allow_nan=False))
     return 0
 
 
 def _scienceqa(options: argparse.Namespace) -> dict[str, Any]:
-    if (options.second is None) != (options.ensemble is None):
-        raise DataError("an ensemble takes two models", "give --second FILE and --ensemble together")
-    if options.judged is not None and options.ensemble != "judge":
-        raise DataError("--judged holds a judge's answers", "give --ensemble judge too")
+    _check_ensemble(options)
     problems = scienceqa.read_problems(options.problems, options.splits, options.split)
     known = as_object(read_document(options.problems, "--problems"), options.problems)
     first = read_predictions(options.predictions)
@@ -96,12 +131,14 @@ def _scienceqa(options: argparse.Namespace) -> dict[str, Any]:
     if options.second is None:
         return figures
     second = read_predictions(options.second, "--second")
+    scienceqa_ensemble.require_second(problems, second, known)
     if options.ensemble == "complement":
-        return figures | {"ensemble": scienceqa_ensemble.complement(problems, first, second)}
-    verdicts = read_predictions(options.judged, "--judged") if options.judged else None
-    if options.judge_url is not None:
+        return figures | {"ensemble": scienceqa_ensemble.complement(problems, first, second, known)}
+    if options.judged is not None:
+        verdicts = read_predictions(options.judged, "--judged")
+    else:
         verdicts = _verdicts(options, problems, first, second)
-    return figures | {"ensemble": scienceqa_ensemble.judged(problems, first, second, verdicts)}
+    return figures | {"ensemble": scienceqa_ensemble.judged(problems, first, second, verdicts, known)}
 
 
 def _verdicts(
@@ -111,13 +148,11 @@ def _verdicts(
     second: Predictions,
 ) -> Predictions:
     """Asks the judge where the two models differ."""
-    if options.judge_model is None or options.judge_out is None:
-        raise DataError("a judge takes more", "give --judge-url, --judge-model and --judge-out together")
     from rayva.evaluation.chat import ChatModel, endpoint
     from rayva.evaluation.judge import Judge, decide
 
-    place = endpoint(options.judge_url, options.judge_key_env, concurrency=8)
-    judge = Judge(ChatModel(options.judge_model, place), options.judge_temperature)
+    place = endpoint(options.judge_url, options.judge_key_env or _JUDGE_KEY_ENV, concurrency=8)
+    judge = Judge(ChatModel(options.judge_model, place), options.judge_temperature or 0.0)
     return decide(problems, first, second, judge, Storage(options.judge_out), "scienceqa")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rayva.data.json_rows import read_json_rows
@@ -21,6 +21,12 @@ from rayva.errors import DataError
 Box = tuple[float, float, float, float]
 MAX_PIXELS = 1e7
 """No picture has a longer side; this also keeps NaN and infinity out."""
+_FAR_OUTSIDE = 2.0
+"""A normalised box may reach over the picture's edge a little; such a coordinate is one in pixels."""
+
+
+class EmptyBox(BadRow):
+    """A box without an area. The picture's other boxes are none the worse for it."""
 
 
 def read_coco(
@@ -29,7 +35,8 @@ def read_coco(
     """Joins COCO's captions and instances by image.
 
     Crowd regions are left out, because their boxes cover several objects. An image without usable
-    annotations, or whose file is missing, is added to `rejects`.
+    annotations, or whose file is missing, is added to `rejects`; so is, as `empty_box`, one that has boxes
+    without an area, though it is kept without them.
 
     Args:
         captions, instances: paths or URIs of the annotation files; boxes are optional.
@@ -45,9 +52,26 @@ def read_coco(
             name = annotated.image.get("file_name")
             if not isinstance(name, str):
                 raise BadRow("bad_image_field", "the image has no file_name")
-            yield _complete(name, tuple(annotated.captions), annotated.instances(), folder, split)
+            objects = annotated.objects()
+            record = _complete(name, tuple(annotated.captions), objects.instances, folder, split)
+            _tell_empty(objects, captions, row_id, rejects)
+            yield record
         except BadRow as error:
             rejects.append(rejected(captions, row_id, error))
+
+
+@dataclass
+class Objects:
+    """The objects of a picture, as far as boxes can tell.
+
+    Attributes:
+        crowds: categories of which a region holds many more.
+        empty: number of boxes that were left out because they have no area; COCO has some.
+    """
+
+    instances: list[Instance] = field(default_factory=list)
+    crowds: set[str] = field(default_factory=set)
+    empty: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,18 +84,23 @@ class AnnotatedImage:
     names: dict[str, str]
     """Category names by id."""
 
-    def instances(self) -> list[Instance]:
-        """Its objects; crowd regions are left out. Raises `BadRow` for a bad box or category."""
-        found = []
+    def objects(self) -> Objects:
+        """Its objects. Raises `BadRow` for a bad box or category."""
+        found = Objects()
+        sides = self.image.get("width"), self.image.get("height")
         for annotation in self.boxes:
-            if annotation.get("iscrowd"):
-                continue
             name = self.names.get(str(annotation.get("category_id")))
+            if annotation.get("iscrowd"):
+                found.crowds |= {checked_text(name)} if name is not None else set()
+                continue
             if name is None:
                 raise BadRow("unknown_category", f"category_id {annotation.get('category_id')!r}")
-            sides = self.image.get("width"), self.image.get("height")
-            box = normalise_box(annotation.get("bbox"), *sides)
-            found.append(Instance(checked_text(name), box))
+            try:
+                box = normalise_box(annotation.get("bbox"), *sides)
+            except EmptyBox:
+                found.empty += 1
+            else:
+                found.instances.append(Instance(checked_text(name), box))
         return found
 
 
@@ -84,13 +113,18 @@ def coco_annotations(captions: str, instances: str | None) -> Iterator[Annotated
     listed, captions_of = _annotations(captions, "captions")
     boxes_of: dict[str, list[dict[str, Any]]] = {}
     names: dict[str, str] = {}
+    sizes: dict[str, dict[str, Any]] = {}
     if instances is not None:
         more, boxes_of = _annotations(instances, "instances")
         names = {str(c.get("id")): str(c.get("name")) for c in _section(instances, more, "categories")}
+        if "images" in more:
+            sizes = {str(image.get("id")): image for image in _section(instances, more, "images")}
     for image in _section(captions, listed, "images"):
         key = str(image.get("id"))
-        texts = [str(a.get("caption", "")).strip() for a in captions_of.get(key, ())]
-        yield AnnotatedImage(image, texts, boxes_of.get(key, []), names)
+        told = (annotation.get("caption") for annotation in captions_of.get(key, ()))
+        texts = [text.strip() for text in told if isinstance(text, str)]
+        # Files of captions alone may leave the size out, which boxes need.
+        yield AnnotatedImage({**sizes.get(key, {}), **image}, texts, boxes_of.get(key, []), names)
 
 
 def read_caption_boxes(uri: str, images: str, split: Split, rejects: list[Rejected]) -> Iterator[ImageRecord]:
@@ -104,45 +138,77 @@ def read_caption_boxes(uri: str, images: str, split: Split, rejects: list[Reject
         try:
             if row.error or not isinstance(row.value, dict):
                 raise BadRow("not_json" if row.error else "not_an_object", row.error)
-            yield _record_of_row(row.value, folder, split)
+            record, objects = _record_of_row(row.value, folder, split)
+            _tell_empty(objects, uri, f"row-{row.index}", rejects)
+            yield record
         except BadRow as error:
             rejects.append(rejected(uri, f"row-{row.index}", error))
 
 
 def normalise_box(bbox: object, width: object, height: object) -> Box:
-    """COCO's [x, y, width, height] in pixels as (x1, y1, x2, y2) in [0, 1], clipped to the picture."""
+    """COCO's [x, y, width, height] in pixels as (x1, y1, x2, y2) in [0, 1], clipped to the picture.
+
+    Raises:
+        EmptyBox: its width or height is 0.
+        BadRow: it is no box, or wholly outside.
+    """
     sides = [_number(v) for v in (width, height)]
     if not isinstance(bbox, (list, tuple)) or len(bbox) != 4 or min(sides) <= 0:
         raise BadRow("bad_box", f"{bbox!r} in a picture of {width!r} x {height!r}")
     x, y, w, h = (_number(v) for v in bbox)
+    if min(w, h) == 0:
+        raise EmptyBox("bad_box", f"{bbox!r} has no area")
     return _valid((x / sides[0], y / sides[1], (x + w) / sides[0], (y + h) / sides[1]))
 
 
 def read_box(box: object) -> Box:
-    """A normalised box of a JSON row as (x1, y1, x2, y2), clipped to the picture; else `BadRow`."""
+    """A normalised box of a JSON row as (x1, y1, x2, y2), clipped to the picture.
+
+    Raises:
+        EmptyBox: its width or height is 0.
+        BadRow: it is no box, or wholly outside.
+    """
     if not isinstance(box, list) or len(box) != 4:
         raise BadRow("bad_box", f"{box!r} is no box")
     x1, y1, x2, y2 = (_number(v) for v in box)
+    if max(map(abs, (x1, y1, x2, y2))) > _FAR_OUTSIDE:
+        raise BadRow("bad_box", f"{box!r} is in pixels; give corners (x1, y1, x2, y2) from 0 to 1")
+    if min(x2 - x1, y2 - y1) == 0:
+        raise EmptyBox("bad_box", f"{box!r} has no area")
     return _valid((x1, y1, x2, y2))
 
 
-def _record_of_row(row: dict[str, Any], folder: ImageFolder, split: Split) -> ImageRecord:
+def _record_of_row(row: dict[str, Any], folder: ImageFolder, split: Split) -> tuple[ImageRecord, Objects]:
     if not isinstance(row.get("image"), str):
         raise BadRow("bad_image_field", "the row has no `image`")
-    captions, instances = read_lists(row.get("captions"), row.get("instances", []))
-    return _complete(row["image"], tuple(str(c).strip() for c in captions), instances, folder, split)
+    captions, objects = read_lists(row.get("captions"), row.get("instances", []))
+    texts = tuple(caption.strip() for caption in captions if isinstance(caption, str))
+    return _complete(row["image"], texts, objects.instances, folder, split), objects
 
 
-def read_lists(captions: object, instances: object) -> tuple[list[Any], list[Instance]]:
+def read_lists(captions: object, instances: object) -> tuple[list[Any], Objects]:
     """`captions` and `instances` of a JSON row, the boxes normalised already; else `BadRow`."""
     if not isinstance(captions, list) or not isinstance(instances, list):
         raise BadRow("malformed_row", "`captions` and `instances` must be lists")
-    found = []
+    found = Objects()
     for instance in instances:
         if not isinstance(instance, dict) or not isinstance(instance.get("category"), str):
             raise BadRow("unknown_category", f"{instance!r} has no category")
-        found.append(Instance(checked_text(instance["category"]), read_box(instance.get("bbox"))))
+        name = checked_text(instance["category"])
+        if instance.get("iscrowd"):
+            found.crowds.add(name)
+            continue
+        try:
+            found.instances.append(Instance(name, read_box(instance.get("bbox"))))
+        except EmptyBox:
+            found.empty += 1
     return captions, found
+
+
+def _tell_empty(objects: Objects, source: str, row_id: str, rejects: list[Rejected]) -> None:
+    if objects.empty:
+        error = BadRow("empty_box", f"{objects.empty} boxes without an area were left out")
+        rejects.append(rejected(source, row_id, error))
 
 
 def _complete(

@@ -19,7 +19,7 @@ from rayva.evaluation.rules import SYSTEM
 from rayva.evaluation.tasks.base import Result, Scored
 from rayva.evaluation.tasks.llava_bench import LlavaBench, ReviewRequest
 from rayva.evaluation.tasks.scienceqa import Problem
-from rayva.evaluation.tasks.scienceqa_ensemble import JUDGE_SYSTEM, disagreements, judge_prompt
+from rayva.evaluation.tasks.scienceqa_ensemble import JUDGE_SYSTEM, answer_of, disagreements, judge_prompt
 from rayva.llm.cache import AnswerCache
 from rayva.llm.request import ChatAnswer, ChatRequest, Sampling
 from rayva.progress import Progress
@@ -111,7 +111,7 @@ def decide(
     sampling = Sampling(temperature=judge.temperature, max_tokens=judge.max_tokens)
     calls = {}
     for problem in disagreements(problems, first, second):
-        said = [given.outputs.get(problem.problem_id, "") for given in (first, second)]
+        said = [answer_of(problem, given) for given in (first, second)]
         system = {"role": "system", "content": JUDGE_SYSTEM}
         user = {"role": "user", "content": judge_prompt(problem, *said)}
         calls[problem.problem_id] = ChatRequest(judge.model.model, (system, user), sampling)

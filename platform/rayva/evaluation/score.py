@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections.abc import Iterable
 
 from rayva.data.answer_match import find_part
 
 _ARTICLES = {"a", "an", "the"}
+MINUS = "\u2212"
+"""U+2212, a sign and no punctuation."""
+# The hyphen, or a dash in its place, that makes a number negative: not that of "check-in", "3-5" or "2-a".
+_NEGATIVE = re.compile(rf"(?<![\w.)\]%])[-\u2013{MINUS}](?=\.?\d)")
 _Z_95 = 1.959963984540054
 """Standard normal quantile of a two-sided 95 % interval."""
 
@@ -16,9 +21,10 @@ _Z_95 = 1.959963984540054
 def normalise(text: str) -> str:
     """`text` without case, punctuation, articles and extra space, for comparison.
 
+    The minus of a negative number is no punctuation; it becomes `MINUS`, however it is written.
     A text of nothing but punctuation or articles is kept: "#" is a name too.
     """
-    folded = unicodedata.normalize("NFKC", text).casefold()
+    folded = _NEGATIVE.sub(MINUS, unicodedata.normalize("NFKC", text).casefold())
     plain = "".join(" " if unicodedata.category(char).startswith("P") else char for char in folded)
     words = [word for word in plain.split() if word not in _ARTICLES]
     return " ".join(words) or " ".join(folded.split())

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rayva.data.coco import coco_annotations, read_lists
+from rayva.data.coco import Objects, coco_annotations, read_lists
 from rayva.data.json_rows import read_json_rows
 from rayva.data.quarantine import BadRow, checked_text
 from rayva.data.schema import ImageRecord, Instance
@@ -16,12 +16,20 @@ Kind = Literal["conversation", "detail", "reasoning"]
 
 @dataclass(frozen=True)
 class Context:
-    """The symbolic representation of one image. `image` is its file name, or its id in a built-in dataset."""
+    """The symbolic representation of one image.
+
+    Attributes:
+        image: its file name, or its id in a built-in dataset.
+        crowds: categories of which there are more than boxes, because a region holds many of them.
+        empty_boxes: how many boxes were left out because they have no area.
+    """
 
     id: str
     image: str
     captions: tuple[str, ...]
     instances: tuple[Instance, ...] = ()
+    crowds: tuple[str, ...] = ()
+    empty_boxes: int = field(default=0, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -54,11 +62,13 @@ def _context(row: dict[str, Any]) -> Context:
     image = row.get("image")
     if not isinstance(image, str) or not image:
         raise BadRow("bad_image_field", "the row has no `image`")
-    captions, instances = read_lists(row.get("captions"), row.get("instances") or [])
+    captions, objects = read_lists(row.get("captions"), row.get("instances") or [])
     name = row.get("id")
     if name is None:
         name = image.rpartition("/")[2].rpartition(".")[0] or image
-    return _complete(str(name), image, captions, instances)
+    if isinstance(name, bool) or not isinstance(name, (str, int)) or name == "":
+        raise BadRow("bad_id", f"{name!r} is no id")
+    return _complete(str(name), image, captions, objects)
 
 
 def from_coco(captions: str, instances: str | None) -> Iterator[Context | BadContext]:
@@ -72,7 +82,7 @@ def from_coco(captions: str, instances: str | None) -> Iterator[Context | BadCon
             name = image.image.get("file_name")
             if not isinstance(name, str) or not name:
                 raise BadRow("bad_image_field", "the image has no file_name")
-            yield _complete(name.rpartition(".")[0], name, image.captions, image.instances())
+            yield _complete(name.rpartition(".")[0], name, image.captions, image.objects())
         except BadRow as error:
             yield BadContext(str(image.image.get("id")), error.reason, error.detail)
 
@@ -82,17 +92,24 @@ def from_images(records: Iterable[ImageRecord]) -> Iterator[Context | BadContext
     for record in records:
         try:
             safe = record.image_id.replace("/", "-")
-            yield _complete(safe, record.image_id, list(record.captions), list(record.instances))
+            yield _complete(safe, record.image_id, list(record.captions), Objects(list(record.instances)))
         except BadRow as error:
             yield BadContext(record.image_id, error.reason, error.detail)
 
 
-def _complete(name: str, image: str, captions: list[Any], instances: list[Instance]) -> Context:
+def _complete(name: str, image: str, captions: list[Any], objects: Objects) -> Context:
     texts = [" ".join(caption.split()) for caption in captions if isinstance(caption, str)]
     kept = tuple(checked_text(text) for text in texts if text)
     if not kept:
         raise BadRow("no_caption", f"{image} has no caption")
-    return Context(checked_text(name), checked_text(image), kept, tuple(instances))
+    return Context(
+        checked_text(name),
+        checked_text(image),
+        kept,
+        tuple(objects.instances),
+        tuple(sorted(objects.crowds)),
+        objects.empty,
+    )
 
 
 def render(context: Context, boxes: bool) -> str:

@@ -61,12 +61,13 @@ def parse(kind: Kind, text: str | None, finish_reason: str | None = "stop") -> l
 
     Conversations and reasoning are blocks, `Question:` and `Answer:` in turn, with a line `===` between them.
     Spaces, numbers behind the labels, Markdown around them, a fence around all and missing empty lines do no
-    harm. An answer that breaks off is cut even where the endpoint does not say so.
+    harm; the thoughts of a reasoning model are left out. An answer that breaks off is cut even where the
+    endpoint does not say so.
 
     Raises:
         Rejected: the answer is cut, or not in the format.
     """
-    text = (text or "").replace("\r\n", "\n").strip().strip("\ufeff")
+    text = _without_thoughts((text or "").replace("\r\n", "\n").strip().strip("\ufeff"))
     if fenced := _FENCE.match(text):
         text = fenced[1].strip()
     if not text:
@@ -82,6 +83,17 @@ def parse(kind: Kind, text: str | None, finish_reason: str | None = "stop") -> l
         _check_pair(pair)
     _check_end(pairs[-1].answer, finish_reason)
     return pairs
+
+
+def _without_thoughts(text: str) -> str:
+    """What a reasoning model says after its thoughts, where the endpoint has left those in.
+
+    The tag that opens them may be missing: templates put it into the prompt.
+    """
+    _, closed, said = text.rpartition("</think>")
+    if not closed and text.startswith("<think>"):
+        raise Rejected("cut", "it ends within its thoughts")
+    return said.strip() if closed else text
 
 
 def detail_question(context_id: str, seed: int) -> str:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from rayva.instruct.contexts import Context, Kind
+from rayva.instruct.contradictions import contradicts_category, contradicts_count
 from rayva.instruct.parse import Pair
 
 Rule = Callable[[Kind, Sequence[Pair], Context], str | None]
@@ -42,29 +43,15 @@ _NO_IMAGE = re.compile(
     r"|\bwithout (?:seeing|access to) the (?:image|picture|photo)\b",
     re.IGNORECASE,
 )
+_ABOUT_OUR_TASK = r"[^\n]{0,100}\b(?:description|answer|question|conversation)s?\b[^\n]{0,60}:[ \t*]*\n"
+_REPLY = re.compile(
+    rf"\A\W*(?:sure|certainly|absolutely|of course|ok(?:ay)?)\b{_ABOUT_OUR_TASK}"
+    rf"|\A\W*here(?: is|'s| are)\b{_ABOUT_OUR_TASK}"
+    r"|\blet me know if (?:you|there|this)\b|\bI hope (?:this|that) helps\b",
+    re.IGNORECASE,
+)
 _WORDS = re.compile(r"[a-z0-9']+")
 _MIN_WORDS: dict[Kind, int] = {"conversation": 1, "detail": 8, "reasoning": 8}
-_NUMBERS = (
-    "no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
-)  # fmt: skip
-_IRREGULAR = {
-    "person": "people", "man": "men", "woman": "women", "mouse": "mice", "knife": "knives", "sheep": "sheep",
-    "skis": "skis", "scissors": "scissors",
-}  # fmt: skip
-_SYNONYMS = {
-    "person": "man men woman women boy girl child children kid people player rider group crowd family couple",
-    "dining table": "table desk counter",
-    "couch": "sofa",
-    "tv": "television screen monitor",
-    "cell phone": "phone smartphone",
-    "potted plant": "plant flower pot",
-    "airplane": "plane jet aircraft",
-    "motorcycle": "motorbike bike",
-    "bicycle": "bike",
-}
-"""Other words of captions for categories of COCO."""
-_MOST_COUNTED = 6
-"""Annotators stop counting: above so many boxes a number says nothing."""
 _LONG_ANSWER = 80
 """Characters from which on an answer that is the same for two images must be a canned one."""
 
@@ -113,6 +100,11 @@ def misses_image(kind: Kind, pairs: Sequence[Pair], context: Context) -> str | N
     return _find(_NO_IMAGE, [pair.answer for pair in pairs])
 
 
+def replies_to_the_prompt(kind: Kind, pairs: Sequence[Pair], context: Context) -> str | None:
+    """Speaks to who wrote the prompt: "Sure! Here is a description:", "Let me know if you need more"."""
+    return _find(_REPLY, [pair.answer for pair in pairs])
+
+
 def too_short(kind: Kind, pairs: Sequence[Pair], context: Context) -> str | None:
     """An answer with fewer words than its kind needs."""
     fewest = min(len(pair.answer.split()) for pair in pairs)
@@ -150,116 +142,10 @@ def _loop(text: str) -> str | None:
     return next((s for s, count in sentences.items() if count > 2 and len(s.split()) > 3), None)
 
 
-def contradicts_count(kind: Kind, pairs: Sequence[Pair], context: Context) -> str | None:
-    """Says "there are N dogs" where boxes and captions know of another number of dogs.
-
-    Only claims about all of the picture count: "there are N", unless what follows picks some out ("on the
-    left", "wearing hats"), and answers to "how many". Many boxes prove nothing, since annotators stop
-    counting; and a number that a caption could support is let pass.
-    """
-    captions = " ".join(context.captions).lower()
-    counts = Counter(instance.category.lower() for instance in context.instances)
-    for category, present in counts.items():
-        if present > _MOST_COUNTED:
-            continue
-        for word in _claimed(pairs, category):
-            value = _value(word)
-            if value is not None and value != present and not _supported(value, category, captions):
-                return f"{word} {category}, but {present} in the boxes"
-    return None
-
-
-_PICKS_OUT = (
-    r"(?:\w+ing|\w+ed|that|who|which|with|without|near|behind|beside|next|on|under|above|below|by|around|"
-    r"between|upper|lower|also|each|already|still|to the|in (?:a|an|his|her|its|their))\b"
-    r"|(?:in|at) (?:the )?(?:front|back|fore|left|right|top|bottom|middle|cent|distance|far|corner)"
-)
-
-
-def _claimed(pairs: Sequence[Pair], category: str) -> Iterator[str]:
-    """The words in the place of a number where an answer counts all of `category`."""
-    names = _name_pattern(category)
-    there = re.compile(
-        rf"\bthere (?:is|are) (?:exactly |only |a total of |just )?(\w+) {names}\b(?!,? (?:{_PICKS_OUT}))",
-        re.IGNORECASE,
-    )
-    for pair in pairs:
-        yield from (found[1] for found in there.finditer(pair.answer))
-        asked = re.match(rf"how many {names} (?:are|is|can|do)\b(.*)", pair.question.strip(), re.IGNORECASE)
-        if asked is None or re.search(
-            rf"\b(?:{_PICKS_OUT}|wear|hold|sit|stand|rid|have)", asked[1], re.IGNORECASE
-        ):
-            continue
-        if bare := re.match(r"(\w+)\b[.!]?\s*$", pair.answer.strip()):
-            yield bare[1]
-        elif counted := re.search(rf"\b(\w+) {names}\b(?!,? (?:{_PICKS_OUT}))", pair.answer, re.IGNORECASE):
-            yield counted[1]
-
-
-def _value(word: str) -> int | None:
-    if word.lower() in _NUMBERS:
-        return _NUMBERS.index(word.lower())
-    return int(word) if word.isascii() and word.isdigit() and len(word) < 4 else None
-
-
-def _supported(claimed: int, category: str, captions: str) -> bool:
-    """Whether a caption has the claimed number, or speaks of one or two of the category."""
-    word = _NUMBERS[claimed] if claimed < len(_NUMBERS) else str(claimed)
-    if claimed and re.search(rf"\b(?:{word}|{claimed})\b", captions):
-        return True
-    names = [_name_pattern(name) for name in (category, *_SYNONYMS.get(category, "").split())]
-    if claimed == 1:
-        return any(re.search(rf"\b(?:an?|the|single)(?: \w+){{0,3}} {name}\b", captions) for name in names)
-    return claimed == 2 and any(
-        re.search(rf"\b(?:couple|pair|both)\b.*\b{name}\b", captions) for name in names
-    )
-
-
-def _name_pattern(category: str) -> str:
-    return rf"(?:{re.escape(category.lower())}|{re.escape(plural(category.lower()))})"
-
-
-def plural(noun: str) -> str:
-    """The plural of an English noun, as far as names of categories need it."""
-    if noun.startswith("pair of "):
-        return "pairs" + noun.removeprefix("pair")
-    head, space, last = noun.rpartition(" ")
-    if last in _IRREGULAR:
-        return f"{head}{space}{_IRREGULAR[last]}"
-    if re.search(r"[^aeiou]y$", last):
-        return f"{noun[:-1]}ies"
-    return noun + ("es" if last.endswith(("s", "sh", "ch", "x")) else "s")
-
-
-_ASKS_EXISTENCE = re.compile(
-    r"(?:is there|are there|can you see|do you see) (?:an?|any|some) ([a-z][a-z ]*?)"
-    r"(?: (?:visible|present))?(?: in (?:the|this) (?:picture|image|photo|scene))?\s*\?",
-    re.IGNORECASE,
-)
-
-
-def contradicts_category(kind: Kind, pairs: Sequence[Pair], context: Context) -> str | None:
-    """Denies that something is there that has a box: "Is there a dog?" - "No", or "there are no dogs".
-
-    That something is there without a box is no contradiction: COCO has 80 categories only.
-    """
-    known = {instance.category.lower() for instance in context.instances}
-    for pair in pairs:
-        asked = _ASKS_EXISTENCE.match(pair.question.strip())
-        denies = re.match(r"no\b", pair.answer.strip(), re.IGNORECASE)
-        for category in known:
-            names = _name_pattern(category)
-            where = r"(?: (?:in the (?:image|photo|picture|scene)|visible|present)\b|\s*[.!]|\s*$)"
-            if asked and denies and re.fullmatch(names, asked[1], re.IGNORECASE):
-                return f"{category} has a box"
-            if re.search(rf"\bthere (?:is|are) no {names}{where}", pair.answer, re.IGNORECASE):
-                return f"{category} has a box"
-    return None
-
-
 RULES: dict[str, Rule] = {
     "refuses": refuses,
     "misses_image": misses_image,
+    "replies_to_the_prompt": replies_to_the_prompt,
     "mentions_caption": mentions_caption,
     "mentions_bounding_box": mentions_bounding_box,
     "leaks_coordinates": leaks_coordinates,

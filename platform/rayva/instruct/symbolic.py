@@ -16,7 +16,7 @@ from typing import Literal
 from rayva.data.places import PHRASES, place_name
 from rayva.data.schema import IMAGE_PLACEHOLDER, ImageRecord, Instance, Turn
 from rayva.instruct.contexts import Context, Kind
-from rayva.instruct.rules import plural
+from rayva.instruct.contradictions import plural
 
 ResponseType = Literal["conversation", "detail", "complex"]
 

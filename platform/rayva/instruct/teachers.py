@@ -13,11 +13,13 @@ from rayva.instruct.prompts import PromptSet
 from rayva.instruct.symbolic import symbolic_answer
 from rayva.instruct.tasks import Task
 from rayva.llm.cache import AnswerCache
-from rayva.llm.client import ChatClient
+from rayva.llm.client import ChatClient, Endpoint
 from rayva.llm.request import ChatAnswer, ChatRequest, LLMError, PassingError, Sampling, read_completion
 from rayva.recipes.schema import Generation
 
 SYMBOLIC = "symbolic"
+_KEPT_AT_ONCE = 1000
+"""Answers of a batch that are written together: each write is forced to the disk, or is a new object."""
 
 
 class NotAnsweredYet(LLMError):
@@ -57,6 +59,20 @@ class Requests:
         messages = self._prompts.messages(task.kind, task.context, boxes)
         request = ChatRequest(self.model, _rotated(messages, task.repeat), sampling, attempt)
         return replace(request, sampling=replace(sampling, seed=(sampling.seed or 0) + 1000 * attempt))
+
+
+def endpoint_of(settings: Generation) -> Endpoint:
+    """Where the teacher is.
+
+    Raises:
+        RecipeError: the address cannot be one.
+    """
+    endpoint = Endpoint(
+        settings.base_url, settings.api_key_env, settings.concurrency, settings.requests_per_minute,
+        settings.tokens_per_minute, settings.timeout,
+    )  # fmt: skip
+    endpoint.check()
+    return endpoint
 
 
 def _rotated(messages: tuple[dict[str, str], ...], by: int) -> tuple[dict[str, str], ...]:
@@ -131,32 +147,50 @@ def read_batch_results(
         DataError: the file is missing, or a line is not in the API's form.
     """
     counts = {"read": 0, "known": 0, "failed": 0, "foreign": 0, "cut": 0}
-    with open_input(uri, "the batch's results") as file:
+    read: dict[str, tuple[ChatRequest, ChatAnswer]] = {}
+    try:
+        for digest, body in _results(uri):
+            if digest is None:
+                counts["cut"] += 1
+            elif (request := find(digest)) is None:
+                counts["foreign"] += 1
+            elif digest in read or cache.get(request) is not None:
+                counts["known"] += 1
+            elif (answer := _answer_in(body, request)) is None:
+                counts["failed"] += 1
+            else:
+                counts["read"] += 1
+                read[digest] = request, answer
+                if len(read) == _KEPT_AT_ONCE:
+                    cache.put_now(read.values())
+                    read.clear()
+    finally:
+        cache.put_now(read.values())
+    return counts
+
+
+def _results(uri: str) -> Iterator[tuple[str | None, Any]]:
+    """custom_id and body of each line, see `_result`; None for a last one that is not complete."""
+    with open_input(uri, "--batch-results") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
             except ValueError as error:
-                if not line.endswith(b"\n"):
-                    counts["cut"] += 1
-                    continue
-                raise _not_a_result(uri, number, error) from error
-            digest, body = _result(uri, number, row)
-            request = find(digest)
-            if request is None:
-                counts["foreign"] += 1
-            elif cache.get(request) is not None:
-                counts["known"] += 1
-            elif body is None:
-                counts["failed"] += 1
+                if line.endswith(b"\n"):
+                    raise _not_a_result(uri, number, error) from error
+                yield None, None
             else:
-                try:
-                    cache.put_now(request, read_completion(body, request, 0.0))
-                    counts["read"] += 1
-                except PassingError:
-                    counts["failed"] += 1
-    return counts
+                yield _result(uri, number, row)
+
+
+def _answer_in(body: Any, request: ChatRequest) -> ChatAnswer | None:
+    """The answer in a completion's JSON; None where there is none."""
+    try:
+        return None if body is None else read_completion(body, request, 0.0)
+    except PassingError:
+        return None
 
 
 def _result(uri: str, number: int, row: Any) -> tuple[str, Any]:

@@ -12,7 +12,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -52,6 +52,10 @@ class AnswerCache:
         """All that may have been paid for: answers, and those that were lost at their worst case."""
         return (ChatAnswer(**row["answer"]) for row in (*self._answers.values(), *self._lost))
 
+    def lost(self) -> list[tuple[str, ChatAnswer]]:
+        """Calls that broke off and may be billed: the request's digest, and the worst case."""
+        return [(row["digest"], ChatAnswer(**row["answer"])) for row in self._lost]
+
     def get(self, request: ChatRequest) -> ChatAnswer | None:
         """The answer to `request`, or None if it has not been asked."""
         row = self._answers.get(request.digest)
@@ -75,11 +79,12 @@ class AnswerCache:
             self._writer = asyncio.create_task(self._write_waiting())
         await done
 
-    def put_now(self, request: ChatRequest, answer: ChatAnswer) -> None:
-        """Keeps an answer, where there is no event loop."""
-        row = _row(request, answer)
-        self._write(_lines([row]))
-        self._answers[row["digest"]] = row
+    def put_now(self, answers: Iterable[tuple[ChatRequest, ChatAnswer]]) -> None:
+        """Keeps answers, where there is no event loop: one write for all of them."""
+        rows = [_row(request, answer) for request, answer in answers]
+        if rows:
+            self._write(_lines(rows))
+        self._answers |= {row["digest"]: row for row in rows}
 
     def _learn(self, row: dict[str, Any]) -> None:
         if row.get("lost"):

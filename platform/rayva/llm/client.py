@@ -13,7 +13,7 @@ import os
 import random
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from rayva.errors import RecipeError
 from rayva.llm.cache import AnswerCache
+from rayva.llm.dialect import Dialect
 from rayva.llm.limits import RateLimit
 from rayva.llm.prices import FREE, Budget, Price
 from rayva.llm.request import (
@@ -30,6 +31,7 @@ from rayva.llm.request import (
     PassingError,
     PermanentError,
     read_completion,
+    told_status,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +43,8 @@ _QUOTA = ("insufficient_quota", "billing_hard_limit_reached")
 """Codes of a 429 that no waiting helps against."""
 _MAX_DELAY_SECONDS = 60.0
 _MAX_RETRY_AFTER_SECONDS = 600.0
+_FAILURES_IN_A_ROW = 50
+"""Without any success between them; then an endpoint is away, and to ask on would take days."""
 
 
 class BudgetSpent(LLMError):
@@ -103,12 +107,16 @@ class ChatClient:
         self._budget, self._price = budget or Budget(None), price
         self._limit = RateLimit(endpoint.requests_per_minute, endpoint.tokens_per_minute)
         self._slots = asyncio.Semaphore(endpoint.concurrency)
+        self._in_flight: dict[str, asyncio.Future[ChatAnswer]] = {}
+        """What calls being made will answer, by digest."""
         self._settled = asyncio.Condition()
         self._resume_at = 0.0
         """When calls may start again after the endpoint has asked for a pause (monotonic clock)."""
         self._session: aiohttp.ClientSession | None = None
         self.calls = 0
         """HTTP requests made."""
+        self._failed_in_a_row, self._last_failure = 0, ""
+        self._dialect = Dialect()
         self.errors: Counter[str] = Counter()
         """Passing errors that were met, by kind."""
 
@@ -130,7 +138,7 @@ class ChatClient:
             await self._session.close()
 
     async def ask(self, request: ChatRequest) -> ChatAnswer:
-        """The answer to `request`.
+        """The answer to `request`. While the same is being asked already, that call's outcome is awaited.
 
         Raises:
             BudgetSpent: the call might cost more than is left.
@@ -138,19 +146,67 @@ class ChatClient:
             PassingError: it still failed after all attempts.
             StorageError: the answer cannot be kept.
         """
-        if self._cache is not None and (known := self._cache.get(request)) is not None:
-            return known
+        while True:
+            if self._cache is not None and (known := self._cache.get(request)) is not None:
+                return known
+            if (ahead := self._in_flight.get(request.digest)) is None:
+                return await self._ask_first(request)
+            await asyncio.wait([ahead])  # unlike `await ahead`, does not cancel it together with this caller
+            if not ahead.cancelled():
+                return replace(ahead.result(), cached=True)
+
+    async def _ask_first(self, request: ChatRequest) -> ChatAnswer:
+        """Asks, and tells the outcome to whoever asks the same meanwhile; they go on if this is cancelled."""
+        outcome: asyncio.Future[ChatAnswer] = asyncio.get_running_loop().create_future()
+        self._in_flight[request.digest] = outcome
+        try:
+            answer = await self._ask(request)
+            outcome.set_result(answer)
+            return answer
+        except Exception as error:
+            outcome.set_exception(error)
+            outcome.exception()  # nobody else may be waiting for it
+            raise
+        finally:
+            outcome.cancel()  # does nothing where there is an outcome
+            del self._in_flight[request.digest]
+
+    async def _ask(self, request: ChatRequest) -> ChatAnswer:
+        """Calls until there is an answer, as often as the endpoint allows.
+
+        An endpoint that has failed at many requests in a row, each after all its attempts, is given up.
+        """
         async with self._slots:
+            if self._failed_in_a_row >= max(_FAILURES_IN_A_ROW, 3 * self._endpoint.concurrency):
+                raise PassingError(
+                    f"given up: {self._failed_in_a_row} requests in a row; {self._last_failure}"
+                )
             for attempt in range(1, self._endpoint.attempts + 1):
-                await self._pause()
                 try:
-                    return await self._paid_call(request)
+                    answer = await self._paid_call(request)
+                    self._failed_in_a_row = 0
+                    return answer
                 except PassingError as error:
                     self.errors[str(error).partition(":")[0]] += 1
                     if attempt == self._endpoint.attempts:
-                        raise PassingError(f"{error} (after {attempt} attempts)") from error
+                        self._failed_in_a_row += 1
+                        self._last_failure = f"{error} (after {attempt} attempts)"
+                        raise PassingError(self._last_failure) from error
                     await self._wait(attempt, error.retry_after)
+                except PermanentError:
+                    self._failed_in_a_row = 0  # it is there, and answers
+                    raise
         raise AssertionError("unreachable")
+
+    async def _admitted(self, tokens: int) -> None:
+        """Waits until neither the endpoint's own words nor the limits hold a call of `tokens` tokens back."""
+        while True:
+            await self._pause()
+            await self._limit.acquire(tokens)
+            if time.monotonic() >= self._resume_at:
+                return
+            # A pause was asked for meanwhile: the call starts later, and counts then.
+            self._limit.give_back(tokens)
 
     async def _pause(self) -> None:
         while (left := self._resume_at - time.monotonic()) > 0:
@@ -181,7 +237,7 @@ class ChatClient:
                 await self._cache.put(request, answer)
             return answer
         except PassingError as error:
-            if error.billed and worst > 0:
+            if error.billed:
                 paid = worst
                 if self._cache is not None:
                     await self._cache.put_lost(request)
@@ -196,12 +252,13 @@ class ChatClient:
 
         assert self._session is not None, "use the client as an async context manager"
         estimated = request.estimated_prompt_tokens() + request.sampling.max_tokens
-        await self._limit.acquire(estimated)
+        await self._admitted(estimated)
         url = f"{self._endpoint.base_url.rstrip('/')}/chat/completions"
+        sent = self._dialect.body(request)
         started = time.monotonic()
         self.calls += 1
         try:
-            async with self._session.post(url, json=request.body()) as response:
+            async with self._session.post(url, json=sent) as response:
                 content = await response.read()
                 status, headers = response.status, response.headers
         except TimeoutError as error:
@@ -212,12 +269,16 @@ class ChatClient:
         except aiohttp.ClientError as error:
             reached = not isinstance(error, aiohttp.ClientConnectorError)
             raise PassingError(f"connection: {error}", billed=reached) from error
+        if (refused := self._dialect.learn(status, content, sent)) is not None:
+            raise PassingError(f"dialect: the endpoint does not take {refused}")
         if status != 200:
             raise _refusal(status, headers.get("Retry-After"), content)
         try:
             body = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise PassingError(f"not JSON: {error}", billed=True) from error
+        if (told := told_status(body)) is not None:
+            raise _refusal(told, None, content)
         answer = read_completion(body, request, time.monotonic() - started)
         self._limit.correct(estimated, answer.prompt_tokens + answer.completion_tokens)
         return answer

@@ -41,6 +41,13 @@ class RateLimit:
         if waits and max(waits) > 0:
             await asyncio.sleep(max(waits))
 
+    def give_back(self, tokens: int) -> None:
+        """Undoes `acquire` for a call that does not start after all."""
+        if self._requests:
+            self._requests.take(-1.0)
+        if self._tokens:
+            self._tokens.take(-float(tokens))
+
     def correct(self, estimated: int, actual: int) -> None:
         """Takes back what a call was thought to use beyond what it did use, or the other way about."""
         if self._tokens:

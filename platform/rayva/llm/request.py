@@ -120,11 +120,8 @@ def read_completion(body: object, request: ChatRequest, seconds: float) -> ChatA
         if not isinstance(body, dict):
             raise TypeError("no object")
         choice = body["choices"][0]
-        text = choice["message"]["content"] or ""
         usage = body.get("usage") or {}
-        if not isinstance(text, str):
-            raise TypeError("the content is no text")
-        text = _whole(text)
+        text = _whole(_content(choice["message"]))
         reason = choice.get("finish_reason")
         return ChatAnswer(
             text=text,
@@ -137,6 +134,24 @@ def read_completion(body: object, request: ChatRequest, seconds: float) -> ChatA
         )
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise PassingError(f"not a chat completion: {error!r}", billed=True) from error
+
+
+def _content(message: dict[str, Any]) -> str:
+    """The words of a message: text, or parts of text; those of a refusal where that is all there is."""
+    content = message["content"]
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content)
+    content = content or message.get("refusal") or ""
+    if not isinstance(content, str):
+        raise TypeError("the content is no text")
+    return content
+
+
+def told_status(body: object) -> int | None:
+    """The HTTP status of an error that came with status 200, as routers to several endpoints send it."""
+    error = body.get("error") if isinstance(body, dict) and "choices" not in body else None
+    status = error.get("code") if isinstance(error, dict) else None
+    return status if type(status) is int and 400 <= status < 600 else None
 
 
 def _whole(text: str) -> str:

@@ -21,7 +21,7 @@ from rayva.evaluation.reviews import Compat
 from rayva.evaluation.tasks.base import Item, Picture, Result, Task, prompt_rows
 from rayva.evaluation.tasks.llava_bench import LlavaBench
 from rayva.evaluation.tasks.scienceqa import ScienceQA
-from rayva.evaluation.tasks.scienceqa_ensemble import complement, judged
+from rayva.evaluation.tasks.scienceqa_ensemble import complement, judged, require_second
 from rayva.llm.request import ChatAnswer, ChatRequest, Sampling
 from rayva.lock import JobLock
 from rayva.orchestration.answering import Replicas
@@ -77,6 +77,7 @@ def run_exam(exam: Exam, storage: Storage) -> dict[str, Any]:
     with JobLock(storage, "evaluation"):
         identity = _identity(exam)
         _claim(exam, identity, storage)
+        _check_second(exam.tasks)
         items = {task.name: _drawn(task.read(), exam) for task in exam.tasks}
         questions = [
             asked(task.name, item, _sampled(task, exam), identity)
@@ -142,6 +143,14 @@ def _claim(exam: Exam, identity: Mapping[str, Any], storage: Storage) -> None:
         "code": code_version(),
     }  # fmt: skip
     storage.write_json(EVALUATION, about)
+
+
+def _check_second(tasks: Sequence[Task]) -> None:
+    """Reads the predictions of ScienceQA's second model before anything is asked."""
+    for task in tasks:
+        if isinstance(task, ScienceQA) and task.settings.second is not None:
+            second = read_predictions(task.settings.second, "scienceqa.second")
+            require_second(task.problems(), second, known=second.ids)  # other splits do no harm
 
 
 def _drawn(items: list[Item], exam: Exam) -> list[Item]:

@@ -27,12 +27,20 @@ from rayva.instruct.parse import Pair
 from rayva.instruct.prompts import PromptSet
 from rayva.instruct.rules import Duplicates
 from rayva.instruct.tasks import Task
-from rayva.instruct.teachers import BatchTeacher, EndpointTeacher, Requests, SymbolicTeacher, Teacher
+from rayva.instruct.teachers import (
+    BatchTeacher,
+    EndpointTeacher,
+    Requests,
+    SymbolicTeacher,
+    Teacher,
+    endpoint_of,
+)
 from rayva.llm.cache import AnswerCache
-from rayva.llm.client import ChatClient, Endpoint
-from rayva.llm.prices import FREE, Budget, Price, Prices
+from rayva.llm.client import ChatClient
+from rayva.llm.prices import Budget, Price
 from rayva.llm.request import ChatAnswer, PermanentError
 from rayva.orchestration.faults import user_error
+from rayva.orchestration.generate_costs import price_of
 from rayva.progress import Progress
 from rayva.recipes.schema import Generation
 from rayva.storage import Storage
@@ -57,22 +65,8 @@ class Work:
     storage: Storage
 
     def price(self) -> Price:
-        """The price of the teacher; without a limit on the cost an unknown one is none."""
-        settings = self.settings
-        if settings.teacher == "symbolic" or settings.model is None:
-            return FREE
-        prices = Prices.load(settings.prices)
-        if settings.max_cost is not None:
-            return prices.require(settings.model, "--max-cost")
-        return prices.find(settings.model) or FREE
-
-    def endpoint(self) -> Endpoint:
-        """Where the teacher is."""
-        settings = self.settings
-        return Endpoint(
-            settings.base_url, settings.api_key_env, settings.concurrency, settings.requests_per_minute,
-            settings.tokens_per_minute, settings.timeout,
-        )  # fmt: skip
+        """See `price_of`."""
+        return price_of(self.settings)
 
 
 def write_tasks(storage: Storage, rel: str, tasks: Sequence[Task]) -> None:
@@ -90,7 +84,7 @@ def read_task(row: dict[str, Any]) -> Task:
     """The task of a row that `write_tasks` wrote."""
     raw = json.loads(row["context"])
     instances = tuple(Instance(i["category"], tuple(i["bbox"])) for i in raw["instances"])
-    context = Context(raw["id"], raw["image"], tuple(raw["captions"]), instances)
+    context = Context(raw["id"], raw["image"], tuple(raw["captions"]), instances, tuple(raw["crowds"]))
     return Task(row["kind"], row["repeat"], context)
 
 
@@ -188,7 +182,7 @@ class _Asker:
         requests = Requests(settings, PromptSet.load(settings.prompts))
         if settings.teacher == "batch":
             return BatchTeacher(self._cache, requests)
-        self._client = ChatClient(self._work.endpoint(), self._cache, self._budget, self._price)
+        self._client = ChatClient(endpoint_of(settings), self._cache, self._budget, self._price)
         return EndpointTeacher(self._client, requests)
 
     def __call__(self, batch: pa.Table) -> pa.Table:

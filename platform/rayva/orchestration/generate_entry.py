@@ -12,14 +12,9 @@ from rayva.errors import DataError
 from rayva.orchestration.console import guarded
 from rayva.orchestration.entry import storage_root
 from rayva.orchestration.faults import user_error
-from rayva.orchestration.generate_run import (
-    Plan,
-    forecast,
-    make_plan,
-    read_batches,
-    run,
-    write_batch_files,
-)
+from rayva.orchestration.generate_batch import read_batches
+from rayva.orchestration.generate_costs import price_of, spent_at, told
+from rayva.orchestration.generate_run import Plan, forecast, make_plan, run
 from rayva.provenance import REPOSITORY
 from rayva.recipes import resolve
 from rayva.storage import Storage
@@ -104,6 +99,8 @@ _BUILT_IN = ("scenes", "emoji")
 
 def _run(options: argparse.Namespace) -> int:
     recipe = resolve(options.recipe, options.config, [*_flag_overrides(options), *options.overrides])
+    if options.batch_results and recipe.generation.teacher != "batch":
+        raise DataError("--batch-results belongs to --teacher batch", "leave one of them out")
     root = storage_root(options.storage or str(REPOSITORY / "runs" / "generate"), recipe)
     storage = Storage(root)
     plan = make_plan(recipe, storage)
@@ -112,11 +109,8 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     if options.force:
         plan.folder.forget()
-    if plan.settings.teacher == "batch":
-        if options.batch_results:
-            _tell(f"Batch results: {read_batches(plan, options.batch_results)}")
-    elif options.batch_results:
-        raise DataError("--batch-results belongs to --teacher batch", "leave one of them out")
+    if options.batch_results:
+        _tell(f"Batch results: {read_batches(plan, options.batch_results)}")
     try:
         summary = run(plan)
     except Exception as error:
@@ -125,9 +119,8 @@ def _run(options: argparse.Namespace) -> int:
             raise
         raise known from error
     _show(plan, summary)
-    if plan.settings.teacher == "batch" and not summary.get("finished_before"):
-        for uri in write_batch_files(plan):  # none, and the old ones go, where all is answered
-            _tell(f"To be given to the batch API: {uri}")
+    if not summary.get("finished_before"):
+        _show_batch(summary.get("batch"))
     return UNFINISHED if summary["unfinished"] else 0
 
 
@@ -148,6 +141,8 @@ def _flag_overrides(options: argparse.Namespace) -> list[str]:
 def _show_forecast(plan: Plan) -> None:
     count = len(plan.inputs.contexts)
     _tell(f"{count:,} context{'s' if count != 1 else ''}, {sum(plan.inputs.bad.values()):,} unusable")
+    if plan.inputs.first_bad:
+        _tell(f"unusable: {dict(plan.inputs.bad)}; the first, {plan.inputs.first_bad}")
     _tell(f"{'kind':<14}{'samples':>9}{'known':>9}{'prompt tokens':>16}{'answer tokens':>16}{'dollars':>10}")
     rows = forecast(plan)
     for row in rows:
@@ -161,6 +156,9 @@ def _show_forecast(plan: Plan) -> None:
         _tell(f"About ${sum(costs):.2f}. Estimates: four bytes a token, answers as long as the examples'.")
     else:
         _tell("The price of this model is not known: give --prices FILE.")
+    if (limit := plan.settings.max_cost) is not None:
+        spent = spent_at(plan.storage, price_of(plan.settings))
+        _tell(f"${spent:.2f} are spent at this storage: --max-cost leaves ${max(0.0, limit - spent):.2f}.")
 
 
 def _show(plan: Plan, summary: dict[str, Any]) -> None:
@@ -171,11 +169,13 @@ def _show(plan: Plan, summary: dict[str, Any]) -> None:
         _tell(f"{summary['rejected_answers']:,} answers were rejected: {summary['reasons']}")
     if summary["bad_contexts"]:
         _tell(f"unusable contexts: {summary['bad_contexts']}")
+    if empty := summary.get("empty_boxes"):
+        _tell(f"boxes without an area that were left out: {empty:,}")
     for error, count in summary["errors"].items():
         _tell(f"{count} samples failed: {error}")
     _tell(
         f"tokens: {summary['prompt_tokens']:,} prompt, {summary['completion_tokens']:,} answer; "
-        f"${summary['cost']:.4f}"
+        f"{told(summary)}"
     )
     _tell(f"LLaVA JSON: {summary['json']}")
     if summary["images"]:
@@ -187,6 +187,22 @@ def _show(plan: Plan, summary: dict[str, Any]) -> None:
     if summary["unfinished"]:
         left = {k: v for k, v in summary["statuses"].items() if k in ("failed", "stopped", "waiting")}
         _tell(f"Unfinished: {left}. The same command goes on; a budget wants a higher --max-cost.")
+
+
+def _show_batch(batch: dict[str, Any] | None) -> None:
+    """What is to be given to the batch API now; None for another teacher."""
+    if batch is None:
+        return
+    for uri in batch["uris"]:
+        _tell(f"To be given to the batch API: {uri}")
+    if batch["uris"] and batch["cost_at_most"]:
+        _tell(f"These {batch['requests']:,} requests cost at most ${batch['cost_at_most']:.4f}.")
+    if batch["left_out"]:
+        first = "read the results of these first, or " if batch["uris"] else ""
+        _tell(
+            f"{batch['left_out']:,} more requests might pass --max-cost and were left out: {first}"
+            "give a higher --max-cost, with the same command."
+        )
 
 
 def _tell(text: str) -> None:

@@ -11,6 +11,7 @@ from html import escape
 from typing import Any
 
 from rayva.evaluation.report_style import CSS
+from rayva.orchestration.generate_costs import told
 from rayva.progress import duration
 
 Row = Mapping[str, Any]
@@ -72,7 +73,7 @@ def _head(report: GenerationReport) -> str:
         f"<h1>{escape(report.title)}</h1>"
         f"<p class='soft'>{s['samples']:,} of {s['tasks']:,} samples, "
         f"{s['rejected_answers']:,} rejected answers, "
-        f"{s['prompt_tokens']:,} prompt and {s['completion_tokens']:,} answer tokens, ${s['cost']:.4f}, "
+        f"{s['prompt_tokens']:,} prompt and {s['completion_tokens']:,} answer tokens, {told(s)}, "
         f"{duration(report.seconds)}.</p>{unfinished}"
         f"<table><tr><th>kind</th><th class='num'>samples</th></tr>{kinds}</table>"
     )
@@ -81,6 +82,8 @@ def _head(report: GenerationReport) -> str:
 def _reasons(report: GenerationReport) -> str:
     reasons = {**report.summary["reasons"]}
     reasons |= {f"context: {why}": n for why, n in report.summary["bad_contexts"].items()}
+    if empty := report.summary.get("empty_boxes"):
+        reasons["box without an area"] = empty
     reasons |= {f"failed: {why}": n for why, n in report.summary["errors"].items()}
     if not reasons:
         return "<h2>What was rejected</h2><p>Nothing.</p>"

@@ -7,7 +7,7 @@ import hashlib
 import io
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -18,14 +18,16 @@ from rayva.data.schema import ImageRecord, Question
 from rayva.errors import DataError, RecipeError
 from rayva.evaluation.grounding import GATE_TASK
 from rayva.instruct.contexts import BadContext, Context, from_coco, from_images, read_contexts
-from rayva.instruct.generator import Attempt, Outcome, judge
+from rayva.instruct.generator import Attempt, Outcome
 from rayva.instruct.prompts import PromptSet
 from rayva.instruct.tasks import KINDS, Task, plan_tasks
-from rayva.instruct.teachers import Requests, batch_lines, read_batch_results
+from rayva.instruct.teachers import Requests, endpoint_of
 from rayva.llm.cache import AnswerCache
 from rayva.llm.prices import Price, Prices
 from rayva.lock import JobLock
 from rayva.orchestration import generate_training as training
+from rayva.orchestration.generate_batch import write_batch_files
+from rayva.orchestration.generate_costs import Costs, costs_of, price_of
 from rayva.orchestration.generate_report import GenerationReport, render_report
 from rayva.provenance import code_version
 from rayva.recipes import Recipe, to_dict
@@ -42,8 +44,9 @@ _SPEED = {
     "base_url", "input", "coco_captions", "coco_instances", "prompts",
 }  # fmt: skip
 """Settings that do not decide the result; files count with their content instead."""
-_BATCH_FILE_REQUESTS = 50_000
-"""The batch API takes no more in one file."""
+
+_INPUTS = {"jsonl": {"input"}, "coco": {"coco_captions", "coco_instances"}, "dataset": set[str]()}
+"""Settings that name files, by the source that reads them."""
 
 
 @dataclass
@@ -52,6 +55,8 @@ class Inputs:
 
     contexts: list[Context]
     bad: Counter[str]
+    first_bad: str = ""
+    """The first context that cannot be used, and why."""
     images: dict[str, ImageRecord] = field(default_factory=dict)
     """Pictures of a built-in dataset, by the name that its contexts have; others stay where they are."""
     held_out: list[Question] = field(default_factory=list)
@@ -85,13 +90,15 @@ def make_plan(recipe: Recipe, storage: Storage) -> Plan:
     """
     settings = recipe.generation
     prompts = PromptSet.load(settings.prompts)
+    _check_teacher(settings, prompts)
     inputs = _read_inputs(recipe)
     if not inputs.contexts:
         reasons = ", ".join(f"{count} {reason}" for reason, count in inputs.bad.items()) or "it is empty"
-        raise DataError(f"The input has no usable context ({reasons})", "each needs an image and captions")
+        example = f"; the first, {inputs.first_bad}" if inputs.first_bad else ""
+        raise DataError(
+            f"The input has no usable context ({reasons}{example})", "each needs an image and captions"
+        )
     tasks = plan_tasks(inputs.contexts, settings.kinds, settings.samples, settings.seed)
-    if settings.teacher != "symbolic":
-        Requests(settings, prompts)  # complains early
     what = {key: value for key, value in to_dict(recipe)["generation"].items() if key not in _SPEED}
     made_from = {
         "contexts": _digest(inputs.contexts),
@@ -103,6 +110,15 @@ def make_plan(recipe: Recipe, storage: Storage) -> Plan:
     return Plan(recipe, storage, folder, inputs, tasks, prompts)
 
 
+def _check_teacher(settings: Generation, prompts: PromptSet) -> None:
+    """Complains about the teacher's settings before anything is read or started."""
+    if settings.teacher != "symbolic":
+        Requests(settings, prompts)
+    if settings.teacher == "endpoint":
+        endpoint_of(settings)
+    price_of(settings)
+
+
 def _digest(records: Sequence[Context | Question]) -> str:
     digest = hashlib.sha256()
     for record in records:
@@ -112,6 +128,13 @@ def _digest(records: Sequence[Context | Question]) -> str:
 
 def _read_inputs(recipe: Recipe) -> Inputs:
     settings = recipe.generation
+    given = [name for name in ("input", "coco_captions", "coco_instances") if getattr(settings, name)]
+    if strange := [name for name in given if name not in _INPUTS[settings.source]]:
+        raise RecipeError(
+            f"generation.{strange[0]} is given, but generation.source={settings.source} does not read it",
+            "give --input FILE; or --coco-captions FILE, with --coco-instances FILE for the boxes; or "
+            "--input scenes",
+        )
     if settings.source == "dataset":
         return _dataset_inputs(recipe)
     found: Iterable[Context | BadContext]
@@ -128,16 +151,18 @@ def _read_inputs(recipe: Recipe) -> Inputs:
                 "or generation.source=dataset",
             )
         found = read_contexts(absolute(settings.input))
-    contexts, bad, seen = [], Counter[str](), set()
+    contexts, bad, seen, first_bad = [], Counter[str](), set(), ""
     for context in found:
         if isinstance(context, BadContext):
             bad[context.reason] += 1
+            first_bad = first_bad or f"{context.row}: {context.detail or context.reason}"
         elif context.id in seen:
             bad["repeated_id"] += 1
+            first_bad = first_bad or f"{context.id}: its id has come before"
         else:
             seen.add(context.id)
             contexts.append(context)
-    return Inputs(contexts, bad)
+    return Inputs(contexts, bad, first_bad)
 
 
 def _dataset_inputs(recipe: Recipe) -> Inputs:
@@ -156,7 +181,7 @@ def _dataset_inputs(recipe: Recipe) -> Inputs:
             contexts.append(context)
     asked = {q.image_id for q in held_out}
     tested = {name: image for name, image in tested.items() if name in asked}
-    return Inputs(contexts, bad, {image.image_id: image for image in train}, held_out, tested)
+    return Inputs(contexts, bad, "", {image.image_id: image for image in train}, held_out, tested)
 
 
 @dataclass(frozen=True)
@@ -187,12 +212,14 @@ def forecast(plan: Plan) -> list[Forecast]:
     for kind in KINDS:
         tasks = [task for task in plan.tasks if task.kind == kind]
         asked = [requests.of(task) for task in tasks]
-        new = [request for request in asked if cache.get(request) is None]
+        waiting = {request.digest: request for request in asked if cache.get(request) is None}
+        new = list(waiting.values())  # contexts that are alike are asked about once
         prompt = sum(request.estimated_prompt_tokens() for request in new)
         answer = _example_tokens(new[0].messages) if new else 0
         completion = len(new) * min(answer, settings.max_tokens)
         cost = None if price is None else price.of(prompt, completion)
-        rows.append(Forecast(kind, len(tasks), len(tasks) - len(new), prompt, completion, cost))
+        known = sum(request.digest not in waiting for request in asked)
+        rows.append(Forecast(kind, len(tasks), known, prompt, completion, cost))
     cache.close()
     return rows
 
@@ -201,53 +228,6 @@ def _example_tokens(messages: Sequence[dict[str, Any]]) -> int:
     """How long the examples' answers are on average."""
     answers = [m["content"] for m in messages if m["role"] == "assistant"]
     return sum(len(text.encode()) // 4 for text in answers) // max(1, len(answers))
-
-
-def write_batch_files(plan: Plan) -> list[str]:
-    """Writes what has no answer yet as files for a batch API; returns their URIs.
-
-    A task whose answer was rejected is asked for again, as often as `attempts` allows.
-    """
-    requests = Requests(plan.settings, plan.prompts)
-    cache = AnswerCache(plan.storage)
-    waiting = [
-        r for r in (_next_request(plan, requests, cache, task) for task in plan.tasks) if r is not None
-    ]
-    cache.close()
-    for name in plan.storage.list(plan.folder.join("batch")):
-        plan.storage.delete(plan.folder.join("batch", name))
-    written = []
-    for number, start in enumerate(range(0, len(waiting), _BATCH_FILE_REQUESTS), start=1):
-        rel = plan.folder.join("batch", f"requests-{number:03d}.jsonl")
-        lines = batch_lines(waiting[start : start + _BATCH_FILE_REQUESTS])
-        plan.storage.write_bytes(rel, "".join(f"{line}\n" for line in lines).encode())
-        written.append(plan.storage.uri(rel))
-    return written
-
-
-def _next_request(plan: Plan, requests: Requests, cache: AnswerCache, task: Task) -> Any:
-    """The first request of a task that has no answer, if all before it were rejected."""
-    for attempt in range(plan.settings.attempts):
-        request = requests.of(task, attempt)
-        answer = cache.get(request)
-        if answer is None:
-            return request
-        if not judge(task, answer, plan.settings.seed)[1].reason:
-            return None
-    return None
-
-
-def read_batches(plan: Plan, uris: Sequence[str]) -> dict[str, int]:
-    """Puts the answers of a batch API's result files into the cache; returns counts over all files."""
-    requests = Requests(plan.settings, plan.prompts)
-    attempts = range(plan.settings.attempts)
-    by_digest = {r.digest: r for t in plan.tasks for r in (requests.of(t, n) for n in attempts)}
-    cache = AnswerCache(plan.storage)
-    counts: Counter[str] = Counter()
-    for uri in uris:
-        counts.update(read_batch_results(absolute(uri), by_digest.get, cache))
-    cache.close()
-    return dict(counts)
 
 
 def run(plan: Plan, start: bool = True) -> dict[str, Any]:
@@ -267,12 +247,14 @@ def run(plan: Plan, start: bool = True) -> dict[str, Any]:
             send_kept(plan.recipe, storage)
             return {**manifest["outputs"], "finished_before": True}
         work = Work(plan.settings, storage)
-        work.price()  # complains early
         with AttemptClock(folder) as clock, _tracked(plan) as tracker:
             write_tasks(storage, folder.join("tasks.parquet"), plan.tasks)
             start_ray(serving_recipe(plan.recipe.serving), storage)
             outcomes = dict(run_tasks(work, folder.join("tasks.parquet"), len(plan.tasks)))
             summary = write_outputs(plan, work, outcomes, clock.seconds)
+            if plan.settings.teacher == "batch":
+                # None, and the old ones go, where all is answered.
+                summary["batch"] = asdict(write_batch_files(plan, outcomes, work.price()))
             tracker.metrics(_metrics(summary))
             for name in ("report.html", "samples.parquet", "rejects.parquet"):
                 tracker.artifact(folder.join(name))
@@ -299,8 +281,11 @@ def _tracked(plan: Plan) -> Iterator[Any]:
     tracker.close("FINISHED")
 
 
+_FIGURES = ("samples", "rejected_answers", "cost", "cost_at_most", "lost_calls")
+
+
 def _metrics(summary: dict[str, Any]) -> dict[str, float]:
-    figures = {f"generate/{name}": float(summary[name]) for name in ("samples", "rejected_answers", "cost")}
+    figures = {f"generate/{name}": float(summary[name]) for name in _FIGURES}
     figures |= {f"generate/kind/{kind}": float(n) for kind, n in summary["by_kind"].items()}
     return figures | {f"generate/rejected/{why}": float(n) for why, n in summary["reasons"].items()}
 
@@ -332,7 +317,7 @@ def write_outputs(plan: Plan, work: Work, outcomes: dict[int, Outcome], seconds:
                 rejected.append({**base, **why, **about})
             else:
                 accepted.append({**base, "conversations": _conversation(outcome), **about})
-    summary = _summary(plan, outcomes, accepted, rejected)
+    summary = _summary(plan, outcomes, accepted, rejected, costs_of(plan, outcomes, price))
     llava = [{key: row[key] for key in ("id", "image", "conversations")} for row in accepted]
     training.write_rows(plan.folder, "samples.json", llava)
     _write_table(plan, "samples.parquet", accepted, _SAMPLES)
@@ -365,7 +350,11 @@ def _provenance(plan: Plan, task: Task, tried: int, attempt: Attempt, price: Pri
 
 
 def _summary(
-    plan: Plan, outcomes: dict[int, Outcome], accepted: Sequence[Any], rejected: Sequence[Any]
+    plan: Plan,
+    outcomes: dict[int, Outcome],
+    accepted: Sequence[Any],
+    rejected: Sequence[Any],
+    costs: Costs,
 ) -> dict[str, Any]:
     statuses = Counter(outcome.status for outcome in outcomes.values())
     errors = Counter(o.error[:120] for o in outcomes.values() if o.status == "failed")
@@ -378,9 +367,8 @@ def _summary(
         "reasons": dict(Counter(row["reason"] for row in rejected).most_common()),
         "errors": dict(errors.most_common(5)),
         "bad_contexts": dict(plan.inputs.bad),
-        "prompt_tokens": sum(row["prompt_tokens"] for row in (*accepted, *rejected)),
-        "completion_tokens": sum(row["completion_tokens"] for row in (*accepted, *rejected)),
-        "cost": sum(row["cost"] for row in (*accepted, *rejected)),
+        "empty_boxes": sum(context.empty_boxes for context in plan.inputs.contexts),
+        **asdict(costs),
         "unfinished": statuses["failed"] + statuses["stopped"] + statuses["waiting"],
         "json": plan.storage.uri(plan.folder.join("samples.json")),
         "images": plan.storage.uri(plan.folder.join(training.IMAGES)) if plan.inputs.images else None,

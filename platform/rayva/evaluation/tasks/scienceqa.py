@@ -30,6 +30,7 @@ from rayva.evaluation.tasks.base import Item, Picture, Result, Scored, TaskSetti
 _STATED = re.compile(r"The answer is ([A-Z]).")
 _LEPA = re.compile(r"ANSWER: ([A-Z])\.")
 _SHOWN_DIFFERENCES = 20
+_SHOWN_SPLITS = 10
 _LOWER_GRADES = {f"grade{number}" for number in range(1, 7)}
 _HIGHER_GRADES = {f"grade{number}" for number in range(7, 13)}
 _SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
@@ -57,19 +58,22 @@ class Problem:
 
 
 def read_problems(problems: str, splits: str | None, split: str) -> list[Problem]:
-    """The problems of a split, in the split's order; all of them where no file of splits is given.
+    """The problems of a split, in the split's order.
+
+    Without a file of splits, those whose own field `split` names it; all of them where they have none.
 
     Raises:
         DataError: a file is missing, cut or of another form, or a problem is not whole.
     """
     whole = as_object(read_document(problems, "--problems"), problems)
-    ids = list(whole)
+    ids = _own_split(whole, split)
     if splits is not None:
         table = as_object(read_document(splits, "--splits"), splits)
         if not isinstance(table.get(split), list):
+            named = sorted(name for name, value in table.items() if isinstance(value, list))
             raise DataError(
-                f"{splits} has no split {split!r}; it has {', '.join(sorted(table)) or 'none'}",
-                "name one of them with --split",
+                f"{splits} has no split {split!r}; it has {', '.join(named[:_SHOWN_SPLITS]) or 'none'}",
+                "name one of them with --split" if named else "give pid_splits.json as --splits",
             )
         ids = [as_id(key, f"{splits}: {split}") for key in table[split]]
     lacking = [key for key in ids if key not in whole]
@@ -81,6 +85,13 @@ def read_problems(problems: str, splits: str | None, split: str) -> list[Problem
     if len(set(ids)) < len(ids) or not ids:
         raise DataError(f"{splits or problems}: {split!r} is empty or names a problem twice", "check it")
     return [_problem(key, whole[key], f"{problems}: problem {key}") for key in ids]
+
+
+def _own_split(whole: dict[str, Any], split: str) -> list[str]:
+    """Ids of the problems that say that they are of a split; of all of them where not each says of which."""
+    said = {key: row.get("split") if isinstance(row, dict) else None for key, row in whole.items()}
+    unknown = None in said.values()
+    return [key for key, own in said.items() if unknown or own == split]
 
 
 def _problem(key: str, value: object, where: str) -> Problem:

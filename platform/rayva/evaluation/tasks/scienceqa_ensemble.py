@@ -7,9 +7,10 @@ names no choice either, the first's answer stands.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
+from rayva.errors import DataError
 from rayva.evaluation.predictions import Predictions, require_overlap
 from rayva.evaluation.tasks.scienceqa import (
     Choices,
@@ -34,6 +35,14 @@ def judge_prompt(problem: Problem, first: str, second: str) -> str:
     return _JUDGE.format(question=question, first=first.strip(), second=second.strip())
 
 
+def answer_of(problem: Problem, predictions: Predictions) -> str:
+    """What a model has answered, in words also where its file has only indices; "" for nothing."""
+    if predictions.outputs:
+        return predictions.outputs.get(problem.problem_id, "")
+    choice = choices_of([problem], predictions).get(problem.problem_id)
+    return "" if choice is None else f"The answer is {problem.letter(choice)}."
+
+
 def choices_of(problems: Sequence[Problem], predictions: Predictions) -> Choices:
     """Choices by rule, or the stored ones of a file without outputs."""
     parsed = parse_outputs(problems, predictions)
@@ -46,23 +55,51 @@ def disagreements(problems: Sequence[Problem], first: Predictions, second: Predi
     return [p for p in problems if ours.get(p.problem_id) != theirs.get(p.problem_id)]
 
 
-def complement(problems: Sequence[Problem], first: Predictions, second: Predictions) -> dict[str, Any]:
-    """Figures of the complement, beside those of the second model and of agreement."""
-    ours, theirs = _both(problems, first, second)
+def complement(
+    problems: Sequence[Problem],
+    first: Predictions,
+    second: Predictions,
+    known: Collection[str] | None = None,
+) -> dict[str, Any]:
+    """Figures of the complement, beside those of the second model and of agreement.
+
+    Args:
+        known: ids of all problems of the file, of any split.
+
+    Raises:
+        DataError: the second answers questions that are not known.
+    """
+    ours, theirs = _both(problems, first, second, known)
     choices = {key: theirs[key] if theirs[key] is not None else ours[key] for key in ours}
-    return {"kind": "complement", **figures_of(problems, choices), **_agreement(problems, ours, theirs)}
+    agreement = _agreement(problems, ours, theirs)
+    return {
+        "kind": "complement",
+        **figures_of(problems, choices),
+        **_missing(problems, first, second),
+        **agreement,
+    }
 
 
 def judged(
-    problems: Sequence[Problem], first: Predictions, second: Predictions, verdicts: Predictions | None
+    problems: Sequence[Problem],
+    first: Predictions,
+    second: Predictions,
+    verdicts: Predictions | None,
+    known: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """Figures of the judge, from its answers to the questions on which the two models differ.
 
     Without `verdicts` there is no figure yet: what the judge would have to decide is counted, with the
     accuracy of a judge that is always wrong, and of one that always picks a right answer if there is one.
+
+    Args:
+        known: ids of all problems of the file, of any split.
+
+    Raises:
+        DataError: the second, or the verdicts, answer questions that are not known.
     """
-    ours, theirs = _both(problems, first, second)
-    agreement = _agreement(problems, ours, theirs)
+    ours, theirs = _both(problems, first, second, known)
+    agreement = {**_missing(problems, first, second), **_agreement(problems, ours, theirs)}
     if verdicts is None:
         agree = {key: ours[key] if ours[key] == theirs[key] else None for key in ours}
         return {
@@ -91,11 +128,37 @@ def judged(
     return {"kind": "judge", **figures_of(problems, choices), **counts, **agreement}
 
 
-def _both(problems: Sequence[Problem], first: Predictions, second: Predictions) -> tuple[Choices, Choices]:
-    require_overlap(second, (p.problem_id for p in problems), "the split")
+def require_second(
+    problems: Sequence[Problem], second: Predictions, known: Collection[str] | None = None
+) -> None:
+    """Refuses a second model that has nothing to say about these problems.
+
+    Raises:
+        DataError: it answers questions that are not in `known`, or none of `problems`.
+    """
+    ids = {problem.problem_id for problem in problems}
+    require_overlap(second, ids if known is None else known, "the file of problems")
+    if ids.isdisjoint(second.ids):
+        raise DataError(f"{second.path} answers no problem of the split", "check the split")
+
+
+def _both(
+    problems: Sequence[Problem], first: Predictions, second: Predictions, known: Collection[str] | None
+) -> tuple[Choices, Choices]:
     ids = [problem.problem_id for problem in problems]
+    require_overlap(second, ids if known is None else known, "the file of problems")
     ours, theirs = choices_of(problems, first), choices_of(problems, second)
     return {key: ours.get(key) for key in ids}, {key: theirs.get(key) for key in ids}
+
+
+def _missing(problems: Sequence[Problem], first: Predictions, second: Predictions) -> dict[str, int]:
+    """Problems that a model's file has no answer to; they also count as unparsable."""
+    ids = {problem.problem_id for problem in problems}
+    return {
+        "first_missing": len(ids.difference(first.ids)),
+        "second_missing": len(ids.difference(second.ids)),
+        "second_not_in_split": len(set(second.ids) - ids),
+    }
 
 
 def _agreement(problems: Sequence[Problem], ours: Choices, theirs: Choices) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from rayva.data.locations import join, parent
 from rayva.data.quarantine import BadRow
 from rayva.data.splits import UniqueIds
 from rayva.errors import DataError
-from rayva.evaluation.score import is_right, normalise
+from rayva.evaluation.score import MINUS, is_right, normalise
 from rayva.evaluation.tasks.base import Item, Picture, Result, Scored, TaskSettings, percent
 from rayva.text.conversation import Message, messages_from_turns
 
@@ -161,4 +161,4 @@ def answer_kind(reference: str) -> str:
     word = normalise(reference)
     if word in ("yes", "no"):
         return "yes_no"
-    return "number" if word.replace(" ", "").isdecimal() else "other"
+    return "number" if word.removeprefix(MINUS).replace(" ", "").isdecimal() else "other"
