@@ -49,8 +49,7 @@ class StoreHooks:
             self.at[step](self)
 
     def on_checkpoint(self, folder: Path, step: int, metrics: dict[str, float]) -> None:
-        self.store.put(folder, step)
-        self.store.prune()
+        self.store.keep(folder, step)
         self.stored.append(step)
 
     def leaving(self) -> bool:
@@ -130,6 +129,59 @@ def test_training_goes_on_over_a_full_disk(
     assert "after step 6" in told
     assert "No space left" in told
     assert hooks.steps() == [9]
+
+
+def test_training_goes_on_without_a_place_for_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    losses, _ = _expected(tmp_path)
+    place = tmp_path / "temporary"
+    place.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(place))
+    hooks = StoreHooks(tmp_path / "run", at={4: lambda _: place.rmdir(), 7: lambda _: place.mkdir()})
+    assert train(tiny_job(epochs=3.0), hooks).counts[FAILED] == 1
+    assert hooks.losses == losses
+    (told,) = [message for message in caplog.messages if "could not be saved" in message]
+    assert "after step 6" in told
+    assert str(place) in told
+    assert hooks.steps() == [9, 3]
+
+
+def test_training_goes_on_over_a_client_that_fails_in_its_own_way(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An exception in the uploading thread of one rank would leave the others waiting."""
+
+    class Breaking(StoreHooks):
+        def on_checkpoint(self, folder: Path, step: int, metrics: dict[str, float]) -> None:
+            if step == 6:
+                raise RuntimeError("the client's connection pool is closed")
+            super().on_checkpoint(folder, step, metrics)
+
+    hooks = Breaking(tmp_path)
+    assert train(tiny_job(epochs=3.0), hooks).counts[FAILED] == 1
+    assert any("connection pool is closed" in message for message in caplog.messages)
+    assert hooks.steps() == [9, 3]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="marking a file immutable needs root")
+def test_a_checkpoint_that_cannot_be_removed_is_no_failed_one(
+    small_disk: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def pin(hooks: StoreHooks) -> None:
+        while not hooks.stored:
+            time.sleep(0.01)  # the test's own limit ends this
+        (oldest,) = (tmp_path / "run" / "saved").iterdir()
+        subprocess.run(["mount", "--bind", str(small_disk), str(oldest / "engine")], check=True)
+
+    hooks = StoreHooks(tmp_path / "run", last=1, at={4: pin})
+    try:
+        result = train(tiny_job(epochs=3.0), hooks)
+    finally:
+        subprocess.run(["umount", str(next((tmp_path / "run" / "saved").iterdir()) / "engine")], check=False)
+    assert result.counts[FAILED] == 0
+    assert any("could not be removed" in message for message in caplog.messages)
+    assert hooks.steps()[0] == 9
 
 
 def test_training_goes_on_over_a_store_out_of_reach(
@@ -228,6 +280,42 @@ def test_sigterm_saves_and_stops(tmp_path: Path) -> None:
     result = train(tiny_job(epochs=3.0), rest)
     assert hooks.losses + rest.losses == losses
     assert state_bytes(result.engine.model) == weights
+
+
+def test_sigterm_without_room_does_not_promise_to_go_on_from_there(small_disk: Path) -> None:
+    def stop(_: StoreHooks) -> None:
+        fill(small_disk)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    hooks = StoreHooks(small_disk, at={5: stop})
+    with pytest.raises(TrainingStopped, match=r"after step 5.*\n.*the last checkpoint that could be saved"):
+        train(tiny_job(epochs=3.0), hooks)
+    assert hooks.steps() == [3]
+
+
+def test_an_unfinished_checkpoint_is_not_fetched_from_an_object_store(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = Server(monkeypatch)
+    with pytest.raises(InterruptedError):
+        train(tiny_job(epochs=3.0), StoreHooks(f"s3://{BUCKET}/run", at={7: crash}))
+    newest, before = StoreHooks(f"s3://{BUCKET}/run").store.checkpoints()
+    newest.storage.delete(f"{newest.rel}/manifest-00000.json")
+    fetched = []
+    get = type(newest.storage).localize
+    monkeypatch.setattr(
+        type(newest.storage), "localize", lambda self, rel: fetched.append(rel) or get(self, rel)
+    )
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    hooks = StoreHooks(f"s3://{BUCKET}/run")
+    train(tiny_job(epochs=3.0), hooks)
+    assert len(hooks.losses) == 12 - before.step
+    assert newest.rel not in fetched
+    assert before.rel in fetched
+    assert any("was not finished" in message for message in caplog.messages)
+    # Nothing as large as a checkpoint is left on the local disk.
+    assert not list(tmp_path.rglob("*.pt"))
+    server.forget()
 
 
 def _put(store: CheckpointStore, scratch: Path, step: int, loss: float | None, ranks: int = 1) -> None:

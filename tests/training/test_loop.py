@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -134,6 +135,40 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     assert len(hooks.metrics) == 8 - 3
     assert weights == expected
     assert any("checkpoint-00000006 is passed over" in message for message in caplog.messages)
+
+
+_DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("manifest-00000.json", '{"files": null}', "lists no files"),
+        ("manifest-00000.json", '{"files": ["progress.json"]}', "lists no files"),
+        ("manifest-00000.json", '{"files": {"progress.json": "x"}}', "lists no files"),
+        ("manifest-00000.json", _DEEP, "cannot be read"),
+        ("manifest-00000.json", '{"files": {"%s": {}}}' % ("x" * 300), "cannot be read"),
+        ("progress.json", {"world_size": "1"}, "world_size"),
+        ("progress.json", {"world_size": 0}, "world_size"),
+        ("progress.json", {"step": None}, "step"),
+        ("progress.json", {"counts": [1]}, "counts"),
+        ("progress.json", {"loss": "x"}, "loss"),
+        ("progress.json", {"more": 1}, "more"),
+    ],
+)
+def test_damaged_json_of_a_checkpoint_is_named_and_the_one_before_taken(
+    file: str, content: str | dict[str, Any], told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _interrupt(tmp_path, 7, epochs=2.0)
+    victim = tmp_path / "checkpoint-00000006" / file
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(victim.read_text()) | content)
+    victim.write_text(content)
+    hooks, _ = _train(tmp_path, epochs=2.0)
+    assert len(hooks.metrics) == 8 - 3
+    (message,) = [message for message in caplog.messages if "is passed over" in message]
+    assert file in message or told == "cannot be read"
+    assert told in message
 
 
 def test_a_stage_without_a_sound_checkpoint_begins_anew_and_says_so(

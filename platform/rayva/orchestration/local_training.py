@@ -59,8 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         _run(recipe, storage, planned, options, rank)
     except RayvaError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
+        # What only one rank met, such as a damaged shard, is known to nobody else.
+        who = f"rank {rank}: " if rank else ""
+        print(f"{who}error: {error}", file=sys.stderr)
         return USER_ERROR
     return 0
 
@@ -148,9 +149,7 @@ class LocalHooks:
 
     def on_checkpoint(self, folder: Path, step: int, metrics: Metrics) -> None:
         """Stores this rank's part; rank 0 removes what is not kept any more."""
-        self._store.put(folder, step)
-        if self._rank == 0:
-            self._store.prune()
+        self._store.keep(folder, step)
 
     def leaving(self) -> bool:
         """Nobody announces that here; SIGTERM is seen by the loop."""

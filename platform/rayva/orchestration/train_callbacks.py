@@ -86,9 +86,7 @@ class RayHooks:
 
     def on_checkpoint(self, folder: Path, step: int, metrics: Metrics) -> None:
         """Stores this rank's part; rank 0 removes what is not kept any more."""
-        self._store.put(folder, step)
-        if dist.get_rank() == 0:
-            self._store.prune()
+        self._store.keep(folder, step)
 
     def checkpoints(self) -> Sequence[SavedCheckpoint]:
         """What earlier attempts stored."""

@@ -64,9 +64,31 @@ def read_progress(folder: Path) -> Progress:
     try:
         if raw.pop("format") != FORMAT:
             raise DamagedCheckpointError(f"{folder} is not of the format {FORMAT}")
-        return Progress(**raw)
+        progress = Progress(**raw)
     except (KeyError, TypeError) as error:
         raise DamagedCheckpointError(f"{folder / PROGRESS} is damaged: {error}") from error
+    wrong = [name for name, holds in _types(progress).items() if not holds]
+    if wrong:
+        raise DamagedCheckpointError(f"{folder / PROGRESS} is damaged: {', '.join(wrong)}")
+    return progress
+
+
+def _types(progress: Progress) -> dict[str, bool]:
+    """Whether each field read from JSON is what it should be."""
+    counts = progress.counts
+    return {
+        "step": _is_count(progress.step),
+        "world_size": _is_count(progress.world_size) and progress.world_size > 0,
+        "zero": _is_count(progress.zero),
+        "dtype": isinstance(progress.dtype, str),
+        "job_digest": isinstance(progress.job_digest, str),
+        "counts": isinstance(counts, dict) and all(_is_count(count) for count in counts.values()),
+        "loss": progress.loss is None or isinstance(progress.loss, (int, float)),
+    }
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def verify(folder: Path) -> Progress:
@@ -78,7 +100,9 @@ def verify(folder: Path) -> Progress:
     progress = read_progress(folder)
     listed: set[str] = set()
     for rank in range(progress.world_size):
-        files = _read_json(folder, manifest_name(rank)).get("files", {})
+        files = _read_json(folder, manifest_name(rank)).get("files")
+        if not isinstance(files, dict) or not all(isinstance(known, dict) for known in files.values()):
+            raise DamagedCheckpointError(f"{folder / manifest_name(rank)} is damaged: it lists no files")
         for name, expected in files.items():
             _check_file(folder, name, expected)
         listed |= {*files, manifest_name(rank)}
@@ -91,9 +115,13 @@ def verify(folder: Path) -> Progress:
 
 def _check_file(folder: Path, name: str, expected: dict[str, Any]) -> None:
     path = folder / name
-    if not path.is_file():
-        raise DamagedCheckpointError(f"{path} is missing")
-    if path.stat().st_size != expected.get("size") or _sha256(path) != expected.get("sha256"):
+    try:
+        if not path.is_file():
+            raise DamagedCheckpointError(f"{path} is missing")
+        same = path.stat().st_size == expected.get("size") and _sha256(path) == expected.get("sha256")
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpointError(f"{path} cannot be read: {error}") from error
+    if not same:
         raise DamagedCheckpointError(f"{path} is not what was written: its size or sha256 differs")
 
 
@@ -103,7 +131,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DamagedCheckpointError(f"{path} is missing: the checkpoint was not finished") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DamagedCheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(raw, dict):
         raise DamagedCheckpointError(f"{path} is damaged: it holds no object")

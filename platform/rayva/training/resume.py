@@ -7,12 +7,14 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from rayva.errors import StorageError, TrainingError
+import torch.distributed as dist
+
+from rayva.errors import TrainingError
 from rayva.recipes.schema import Stage
 from rayva.training.checkpoint import (
     DamagedCheckpointError,
@@ -40,7 +42,7 @@ class SavedCheckpoint(Protocol):
         ...
 
     def open(self) -> AbstractContextManager[Path]:
-        """The merged checkpoint as a local folder."""
+        """The merged checkpoint as a local folder; may fail with `DamagedCheckpointError`."""
         ...
 
 
@@ -64,7 +66,7 @@ class Hooks(Protocol):
         ...
 
     def checkpoints(self) -> Sequence[SavedCheckpoint]:
-        """Checkpoints to go on from, newest first; the same on every rank."""
+        """Checkpoints to go on from, newest first, as far as this rank sees them."""
         ...
 
 
@@ -101,7 +103,7 @@ class Saver:
             if at_once:
                 self.finish()
         if stopping and progress.step < self._total:
-            raise TrainingStopped(progress.step)
+            raise TrainingStopped(progress.step, saved=not self.settle())
         return progress
 
     def finish(self) -> None:
@@ -134,7 +136,11 @@ class Saver:
     def _save(self, progress: Progress, metrics: Metrics) -> None:
         self.finish()  # one at a time: uploads that are slower than training hold it up, not fill the disk
         self._since = time.monotonic()
-        temporary = tempfile.TemporaryDirectory(prefix="rayva-checkpoint-", ignore_cleanup_errors=True)
+        temporary, problem = _temporary_folder()
+        # The ranks meet while they write: none may be missing.
+        if self._any(problem is not None) or temporary is None:
+            self._give_up(temporary, progress.step, problem)
+            return
         folder = Path(temporary.name)
         problem = self._engine.save(folder)
         if self._engine.rank == 0 and problem is None:
@@ -142,13 +148,23 @@ class Saver:
                 write_progress(folder, progress)
             except OSError as error:
                 problem = error
-        if problem is not None:
-            self._failed.append(_tell_failure(progress.step, problem))
-        if self._engine.reduce_sum([float(problem is not None)])[0]:
-            temporary.cleanup()
+        if self._any(problem is not None):
+            self._give_up(temporary, progress.step, problem)
             return
         self._losses.clear()
         self._upload = self._pool.submit(self._store, temporary, progress.step, dict(metrics))
+
+    def _any(self, here: bool) -> bool:
+        """Whether something is so on any rank."""
+        return self._engine.reduce_sum([float(here)])[0] > 0
+
+    def _give_up(
+        self, temporary: tempfile.TemporaryDirectory[str] | None, step: int, problem: OSError | None
+    ) -> None:
+        if problem is not None:
+            self._failed.append(_tell_failure(step, problem))
+        if temporary is not None:
+            temporary.cleanup()
 
     def _store(self, temporary: tempfile.TemporaryDirectory[str], step: int, metrics: Metrics) -> str:
         """Runs in the thread; returns what went wrong."""
@@ -156,9 +172,18 @@ class Saver:
             try:
                 write_manifest(Path(name), self._engine.rank)
                 self._hooks.on_checkpoint(Path(name), step, metrics)
-            except (OSError, StorageError) as error:
+            except Exception as error:  # noqa: BLE001  # of any client; one rank alone must not leave the others
                 return _tell_failure(step, error)
         return ""
+
+
+def _temporary_folder() -> tuple[tempfile.TemporaryDirectory[str] | None, OSError | None]:
+    """A place for a checkpoint, or what keeps it from being made."""
+    try:
+        made = tempfile.TemporaryDirectory(prefix="rayva-checkpoint-", ignore_cleanup_errors=True)
+    except OSError as error:
+        return None, error
+    return made, None
 
 
 def _tell_failure(step: int, error: Exception) -> str:
@@ -173,29 +198,37 @@ def restore(engine: Engine, hooks: Hooks, fresh: Progress) -> Progress:
     Every rank verifies the copy that it is going to load; one that any rank rejects is passed over.
     """
     damaged = 0
-    for checkpoint in hooks.checkpoints():
-        with checkpoint.open() as folder:
-            progress, problem = None, ""
+    for name, checkpoint in _agreed_checkpoints(hooks):
+        with ExitStack() as stack:
+            folder, progress, problem = None, None, ""
             try:
+                if checkpoint is None:
+                    raise DamagedCheckpointError("this worker does not see it")
+                folder = stack.enter_context(checkpoint.open())
                 progress = verify(folder)
             except DamagedCheckpointError as error:
                 problem = str(error)
             rejected = engine.reduce_sum([float(progress is None)])[0] > 0
-            if progress is None or rejected:
+            if folder is None or progress is None or rejected:
                 damaged += 1
-                logger.warning(
-                    "checkpoint %s is passed over: %s",
-                    checkpoint.name,
-                    problem or "another worker's copy is damaged",
-                )
+                problem = problem or "another worker's copy is damaged"
+                logger.warning("checkpoint %s is passed over: %s", name, problem)
                 continue
-            _require_compatible(checkpoint.name, progress, fresh)
+            _require_compatible(name, progress, fresh)
             engine.load(folder, progress.world_size)
-            logger.info("going on from checkpoint %s, step %d", checkpoint.name, progress.step)
+            logger.info("going on from checkpoint %s, step %d", name, progress.step)
             return progress
     if damaged:
         logger.warning("none of the %d checkpoints is sound: the stage begins anew", damaged)
     return fresh
+
+
+def _agreed_checkpoints(hooks: Hooks) -> list[tuple[str, SavedCheckpoint | None]]:
+    """Names that rank 0 sees, with what this rank sees under each: a shared disk may show them late."""
+    own = {checkpoint.name: checkpoint for checkpoint in hooks.checkpoints()}
+    names = [list(own)]
+    dist.broadcast_object_list(names, src=0)
+    return [(name, own.get(name)) for name in names[0]]
 
 
 def _require_compatible(name: str, found: Progress, now: Progress) -> None:
@@ -207,5 +240,6 @@ def _require_compatible(name: str, found: Progress, now: Progress) -> None:
     if found.dtype != now.dtype:
         raise TrainingError(
             f"The checkpoint {name} was trained in {found.dtype}, this machine would go on in {now.dtype}",
-            "Set the stage's precision to that of the checkpoint.",
+            "Go on with machines that compute in that precision. With another setting of `precision` the "
+            "stage begins anew, in a folder of its own.",
         )

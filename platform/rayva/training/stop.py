@@ -13,17 +13,18 @@ _requested = threading.Event()
 
 
 class TrainingStopped(TrainingError):
-    """Training was asked to stop, and has saved what it had done."""
+    """Training was asked to stop, and has saved what it had done, if it could."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, saved: bool) -> None:
+        place = "there" if saved else "the last checkpoint that could be saved; this one could not"
         super().__init__(
             f"Training was stopped after step {step} by a signal.",
-            "give the same command again: it goes on from there",
+            f"give the same command again: it goes on from {place}",
         )
-        self.step = step
+        self.step, self.saved = step, saved
 
-    def __reduce__(self) -> tuple[type[TrainingStopped], tuple[int]]:
-        return TrainingStopped, (self.step,)
+    def __reduce__(self) -> tuple[type[TrainingStopped], tuple[int, bool]]:
+        return TrainingStopped, (self.step, self.saved)
 
 
 def request_stop() -> None:

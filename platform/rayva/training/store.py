@@ -8,9 +8,11 @@ Every rank uploads its own files, its manifest last. A checkpoint without all it
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,8 @@ from rayva.training.checkpoint import (
     manifest_name,
     read_progress,
 )
+
+logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"checkpoint_(\d+)-[0-9a-f]+_(\d+)")
 
@@ -44,9 +48,17 @@ class StoredCheckpoint:
         """Where it is, for messages."""
         return self.storage.uri(self.rel)
 
-    def open(self) -> AbstractContextManager[Path]:
-        """A local copy, gone afterwards: it is as large as the training's state. Itself on local storage."""
-        return self.storage.local_copy(self.rel)
+    @contextmanager
+    def open(self) -> Iterator[Path]:
+        """A local copy, gone afterwards: it is as large as the training's state. Itself on local storage.
+
+        Raises:
+            DamagedCheckpointError: it is not finished, which is seen before anything large is fetched.
+        """
+        if not self.storage.is_local and self.progress() is None:
+            raise DamagedCheckpointError(f"{self.name} was not finished, or its {PROGRESS} is damaged")
+        with self.storage.local_copy(self.rel) as folder:
+            yield folder
 
     def progress(self) -> Progress | None:
         """Where it stands; None where it is not finished: a rank's manifest or the position is missing."""
@@ -85,6 +97,18 @@ class CheckpointStore:
                 run, step = int(match[1]), int(match[2])
                 found.append(StoredCheckpoint(self._storage, f"{self._rel}/{name}", run, step))
         return sorted(found, key=lambda checkpoint: (checkpoint.run, checkpoint.step), reverse=True)
+
+    def keep(self, folder: Path, step: int) -> None:
+        """Uploads what this rank wrote (`put`); rank 0 then removes what is not kept any more.
+
+        What cannot be removed is told, and tried again with the next checkpoint.
+        """
+        self.put(folder, step)
+        if dist.get_rank() == 0:
+            try:
+                self.prune()
+            except (OSError, StorageError) as error:
+                logger.warning("checkpoints that are not kept any more could not be removed: %s", error)
 
     def put(self, folder: Path, step: int) -> None:
         """Uploads what this rank wrote into `folder`, its manifest last.
