@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from rayva.errors import RecipeError
+from rayva.errors import RecipeError, StorageError
+from rayva.orchestration.training import may_pass
 from rayva.recipes.load import from_dict, resolve, to_dict
 from rayva.recipes.schema import Scaling
+from rayva.storage import Storage
 
 
 @pytest.mark.parametrize(
@@ -31,3 +33,10 @@ def test_anything_else_is_told(given: str) -> None:
 def test_in_python_too() -> None:
     assert Scaling(workers=(1, 4)).max_workers == 4
     assert Scaling(workers=3).min_workers == 3
+
+
+def test_workers_are_started_anew_where_a_storage_may_answer_again() -> None:
+    away = StorageError("s3://b/x cannot be used: Could not connect", "see that it answers")
+    assert may_pass(away, Storage("memory://run"))
+    assert not may_pass(away, Storage("/tmp"))
+    assert not may_pass(RecipeError("finetune.lr is wrong", "mend it"), Storage("memory://run"))

@@ -164,21 +164,24 @@ def test_training_goes_on_over_a_client_that_fails_in_its_own_way(
     assert hooks.steps() == [9, 3]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="marking a file immutable needs root")
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 def test_a_checkpoint_that_cannot_be_removed_is_no_failed_one(
     small_disk: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    pinned: list[Path] = []
+
     def pin(hooks: StoreHooks) -> None:
         while not hooks.stored:
             time.sleep(0.01)  # the test's own limit ends this
         (oldest,) = (tmp_path / "run" / "saved").iterdir()
-        subprocess.run(["mount", "--bind", str(small_disk), str(oldest / "engine")], check=True)
+        pinned.append(oldest / "engine")
+        subprocess.run(["mount", "--bind", str(small_disk), str(pinned[0])], check=True)
 
     hooks = StoreHooks(tmp_path / "run", last=1, at={4: pin})
     try:
         result = train(tiny_job(epochs=3.0), hooks)
     finally:
-        subprocess.run(["umount", str(next((tmp_path / "run" / "saved").iterdir()) / "engine")], check=False)
+        subprocess.run(["umount", *map(str, pinned)], check=True)
     assert result.counts[FAILED] == 0
     assert any("could not be removed" in message for message in caplog.messages)
     assert hooks.steps()[0] == 9

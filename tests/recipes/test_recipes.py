@@ -300,6 +300,11 @@ def test_limits_of_length_are_checked(override: str, told: str) -> None:
     assert told in fault(override)
 
 
+def test_a_language_model_that_stage_1_would_train_in_vain_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"pretrain\.train=all.*would be lost"):
+        require_runnable(resolve("tiny", None, ["pretrain.train=all"]))
+
+
 @pytest.mark.parametrize(
     "overrides",
     [["pretrain.embedding_lr=1e-4"], ["finetune.embedding_lr=1e-4", "finetune.lora.r=8"]],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import cast
 
 import pyarrow as pa
 import pytest
@@ -50,6 +51,32 @@ def test_images_from_the_table_and_from_files(tower: VisionTower, tmp_path: Path
     for feature, expected in zip(found, (red, blue, red), strict=True):
         torch.testing.assert_close(feature, expected, atol=2e-3, rtol=2e-3)
     assert inline.read([]) == []
+
+
+def test_no_more_pictures_are_decoded_at_once_than_are_encoded(tower: VisionTower) -> None:
+    rows = [
+        {"image_id": colour, "split": "train", "content": _png(colour)}
+        for colour in ("red", "blue", "green", "black", "white")
+    ]
+    ids = [str(row["image_id"]) for row in rows]
+    seen: list[int] = []
+
+    class Counting:
+        num_tokens = tower.num_tokens
+        encode = staticmethod(tower.encode)
+
+        @staticmethod
+        def preprocess(images: list[Image.Image]) -> torch.Tensor:
+            seen.append(len(images))
+            return tower.preprocess(images)
+
+    few = InlineFeatures(
+        pa.Table.from_pylist(rows, schema=IMAGES), cast(VisionTower, Counting()), 10**6, 10**6, 2
+    )
+    found = few.read(ids)
+    assert seen == [2, 2, 1]
+    for feature, expected in zip(found, _inline(tower, rows).read(ids), strict=True):
+        torch.testing.assert_close(feature, expected, atol=2e-3, rtol=2e-3)
 
 
 def test_an_image_that_has_become_unreadable_is_named(tower: VisionTower, tmp_path: Path) -> None:

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from rayva.model.batch import collate
 from rayva.model.freeze import apply_freeze_policy
+from rayva.model.vlm import VisionLanguageModel
 from rayva.text.special import IMAGE_TOKEN_INDEX
 from rayva.training.flops import ModelFlops, peak_of
 from rayva.training.loop import train
@@ -82,4 +85,18 @@ def test_peaks_by_name(name: str, tflops: float) -> None:
 
 
 def test_an_unknown_device_has_no_peak() -> None:
-    assert peak_of("Some Accelerator") is None
+    for name in ("Some Accelerator", "NVIDIA RTX A1000", "Quadro T400"):
+        assert peak_of(name) is None
+
+
+def test_a_token_goes_through_some_of_the_experts() -> None:
+    def per_token(experts: int) -> float:
+        config = MixtralConfig(
+            vocab_size=50, hidden_size=16, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=2, num_local_experts=experts, num_experts_per_tok=2,
+        )  # fmt: skip
+        model = VisionLanguageModel(MixtralForCausalLM(config), torch.nn.Linear(4, 16))
+        return ModelFlops.of(model).token
+
+    router = 6.0 * 16
+    assert per_token(8) - 8 * router == pytest.approx(per_token(2) - 2 * router)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from transformers import LlamaConfig
 
 from rayva.cli import main
 from rayva.errors import DataError, RecipeError
@@ -24,7 +26,7 @@ from rayva.recipes import from_dict, to_dict
 from rayva.recipes.schema import Lengths
 from rayva.storage import Storage
 from rayva.training.audit import audit
-from rayva.training.lengths import apply_limits
+from rayva.training.lengths import apply_limits, require_positions
 from rayva.training.loop import train
 from rayva.training.prefetch import Share, prepare_step
 from rayva.training.stage import StageWork, prepare, write_outputs
@@ -132,6 +134,25 @@ def test_limits_leave_out_what_is_too_short_or_long_and_count_it(tmp_path: Path)
     again.length = None  # type: ignore[assignment]
     apply_limits(again, limits, storage, "lengths.npy", CPU)
     assert again.left_out == source.left_out
+    for damaged in (b"", b"no array", storage.read_bytes("lengths.npy")[:-8]):
+        storage.write_bytes("lengths.npy", damaged)
+        anew = tiny_source(60)
+        apply_limits(anew, limits, storage, "lengths.npy", CPU)
+        assert anew.left_out == source.left_out
+
+
+@pytest.mark.parametrize(
+    ("settings", "refused"),
+    [
+        ({"max_position_embeddings": 256}, False), ({"max_position_embeddings": 255}, True),
+        ({"max_position_embeddings": 128, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}, False),
+    ],
+)  # fmt: skip
+def test_samples_are_no_longer_than_the_language_model_has_positions(
+    settings: dict[str, Any], refused: bool
+) -> None:
+    with pytest.raises(RecipeError, match=r"conversation\.max_tokens=256") if refused else nullcontext():
+        require_positions(LlamaConfig(**settings), 256)
 
 
 def test_lengths_are_those_before_truncation(tmp_path: Path) -> None:

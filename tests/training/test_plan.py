@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayva.errors import DataError, RecipeError
-from rayva.training.plan import KeyedPermutation, TrainingPlan, deal, pack
+from rayva.training.plan import KeyedPermutation, Part, TrainingPlan, deal, pack
+from rayva.training.schedule import lr_factor
 
 
 @given(size=st.integers(1, 5000), key=st.text(max_size=20))
@@ -134,3 +135,28 @@ def test_packing_places_every_sample_once_in_rows_that_hold_it(lengths: list[int
 def test_a_sample_goes_where_it_leaves_the_least_room() -> None:
     assert pack([5, 3, 6, 4], 10) == [[2, 3], [0, 1]]
     assert pack([20, 2], 10) == [[0], [1]]
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch", "epochs", "told"),
+    [(8, 4, 2.0, [0.5, 1.0, 1.5, 2.0]), (10, 4, 0.5, [0.4, 0.5]), (5, 8, 1.4, [1.0, 1.4])],
+)
+def test_epochs_are_told_in_visits(samples: int, batch: int, epochs: float, told: list[float]) -> None:
+    plan = TrainingPlan(samples, batch, epochs, 0, "digest")
+    assert [plan.epochs_after(step) for step in range(plan.steps_total)] == pytest.approx(told)
+
+
+def test_a_batch_that_is_larger_than_the_data_makes_no_empty_passes() -> None:
+    assert TrainingPlan(30, 1024, 1, 0, "digest").micro_batches(world_size=2, micro=4) == 4
+    assert TrainingPlan(3000, 1024, 1, 0, "digest").micro_batches(world_size=2, micro=4) == 128
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf, 1e17, 1e300])
+def test_weights_that_are_none_are_refused(weight: float) -> None:
+    with pytest.raises(RecipeError, match="The weight of dataset 'a'"):
+        Part("a", 5, weight)
+
+
+def test_the_warm_up_ends_before_the_last_step() -> None:
+    assert lr_factor(0, 1, 0.03, "cosine") == 1.0
+    assert [lr_factor(step, 3, 1.0, "constant") for step in range(3)] == [0.0, 0.5, 1.0]

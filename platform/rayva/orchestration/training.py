@@ -13,19 +13,20 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from transformers.utils.logging import disable_progress_bar
 
-from rayva.errors import RayvaError
+from rayva.errors import RayvaError, StorageError
 from rayva.lock import LockLost
 from rayva.orchestration.pipeline import StepContext, StepResult
 from rayva.orchestration.startup import started_here
 from rayva.orchestration.train_callbacks import Mailbox, RayHooks
 from rayva.progress import Progress, say
 from rayva.recipes.schema import Scaling, StageName
-from rayva.training.engine import init_distributed
+from rayva.storage import Storage
+from rayva.training.engine import PATIENCE, init_distributed
 from rayva.training.loop import train
 from rayva.training.stage import (
     ATTEMPTS,
@@ -106,6 +107,7 @@ def _trainer(work: StageWork, mailbox: Any) -> TorchTrainer:
     return _Trainer(
         _train_worker,
         train_loop_config={"work": work, "mailbox": mailbox},
+        torch_config=TorchConfig(timeout_s=int(PATIENCE.total_seconds())),
         scaling_config=ScalingConfig(
             num_workers=scaling.workers,
             elastic_resize_monitor_interval_s=scaling.resize_seconds,
@@ -212,15 +214,21 @@ class _Listener:
 
 
 def _train_worker(config: dict[str, Any]) -> None:
-    """Runs on each worker. An error that a person can mend ends the job: it is not tried again."""
+    """Runs on each worker. An error that only a person can mend ends the job: it is not tried again."""
     work, mailbox = config["work"], config["mailbox"]
     if ray.get(mailbox.error.remote()) is not None:
         return
     try:
         _train_stage(work, mailbox)
     except RayvaError as error:
-        ray.get(mailbox.fail.remote(error))
+        if not may_pass(error, work.storage):
+            ray.get(mailbox.fail.remote(error))
         raise
+
+
+def may_pass(error: RayvaError, storage: Storage) -> bool:
+    """Whether Ray Train should start the workers anew: an object store may answer again."""
+    return isinstance(error, StorageError) and not storage.is_local
 
 
 def _train_stage(work: StageWork, mailbox: Any) -> None:

@@ -308,6 +308,11 @@ def _explain(fault: Any) -> str:
 
 
 def _check_stage(name: str, stage: Stage) -> None:
+    if name == "pretrain" and stage.train != "projector":
+        raise RecipeError(
+            f"pretrain.train={stage.train}: stage 1 hands on its projector alone, all else would be lost.",
+            "leave pretrain.train=projector; a language model is trained in stage 2",
+        )
     if stage.offload and stage.zero == 0:
         raise RecipeError(
             f"{name}.offload needs the optimizer state to be sharded, but {name}.zero is 0.",

@@ -256,7 +256,7 @@ class Stage(Config):
     lengths: Lengths = Lengths()
     batch_size: int = Field(default=128, ge=1)
     """Global batch: samples per optimizer step over all workers."""
-    epochs: float = Field(default=1.0, gt=0)
+    epochs: float = Field(default=1.0, gt=0, le=100_000)
     micro_batch_size: int = Field(default=16, ge=1)
     """Samples per forward pass of one worker."""
     packing: bool = True

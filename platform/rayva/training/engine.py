@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +20,8 @@ from rayva.model.vlm import VisionLanguageModel
 from rayva.recipes.schema import Stage
 from rayva.training.universal import converted
 
+PATIENCE = timedelta(hours=1)
+"""How long ranks wait for one that writes the model or converts a checkpoint: more than NCCL's 10 minutes."""
 _TAG = "engine"
 """Folder of DeepSpeed's own files inside a checkpoint."""
 
@@ -38,7 +41,7 @@ def init_distributed(device: torch.device) -> None:
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if "MASTER_ADDR" in os.environ:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=PATIENCE)
         else:
             os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
             store = dist.HashStore()  # type: ignore[attr-defined]  # its stub is not exported

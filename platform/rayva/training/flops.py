@@ -7,10 +7,12 @@ again (gradient checkpointing), padding, and optimizers do not count.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers import PretrainedConfig
 
 from rayva.model.vlm import VisionLanguageModel
 
@@ -32,7 +34,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 def peak_of(name: str) -> float | None:
     """The table's peak for a device's name, in operations a second."""
-    return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    found = (peak for part, peak in PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", name))
+    return next((peak * 1e12 for peak in found), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +53,20 @@ class ModelFlops:
         """Counts a model whose parameters are whole and marked as trained or frozen."""
         language, head = model.language, model.language.get_output_embeddings()
         ends = {id(language.get_input_embeddings().weight), id(head.weight)}
-        layers = [p for p in language.parameters() if p.ndim >= 2 and id(p) not in ends]
         config = language.config
+        experts = _share_of_experts(config)
+        layers = [
+            (p, experts if ".experts." in name else 1.0)
+            for name, p in language.named_parameters()
+            if p.ndim >= 2 and id(p) not in ends
+        ]
         width = config.num_attention_heads * (
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         )
         projector = [p for p in model.projector.parameters() if p.ndim >= 2]
         # The first matrix of the projector needs no gradient of its input; the others' are left out, too.
         return cls(
-            token=2.0 * sum(p.numel() * (2 + p.requires_grad) for p in layers),
+            token=2.0 * sum(p.numel() * share * (2 + p.requires_grad) for p, share in layers),
             supervised=2.0 * head.weight.numel() * (2 + head.weight.requires_grad),
             image_token=2.0 * sum(p.numel() * (1 + p.requires_grad) for p in projector),
             pair=6.0 * config.num_hidden_layers * width,
@@ -73,3 +81,13 @@ class ModelFlops:
             + self.image_token * image_tokens
             + self.pair * pairs
         )
+
+
+def _share_of_experts(config: PretrainedConfig) -> float:
+    """Which part of a layer's experts a token goes through."""
+    counts = (
+        getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts")
+    )
+    number = next((count for count in counts if count), None)
+    used = getattr(config, "num_experts_per_tok", None)
+    return used / number if used and number else 1.0

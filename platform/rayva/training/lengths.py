@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from transformers import PretrainedConfig
 
 from rayva.errors import DataError, RecipeError
 from rayva.progress import Progress, say
@@ -51,6 +52,19 @@ def require_answers(source: SampleSource, stage: str) -> None:
         raise DataError(f"None {looked_at} has an answer to learn from: {reasons}.", "look at the data")
     if lost := counts["without_answer"] + counts["dropped_over_length"]:
         say(f"warning: {lost:,} {looked_at} keep no answer to learn from within {limit}")
+
+
+def require_positions(config: PretrainedConfig, max_tokens: int) -> None:
+    """Raises `RecipeError` where samples may be longer than the language model has positions."""
+    positions = getattr(config, "max_position_embeddings", None)
+    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    factor = scaling.get("factor") if isinstance(scaling, dict) else None
+    if positions is not None and max_tokens > positions * (factor or 1.0):
+        raise RecipeError(
+            f"conversation.max_tokens={max_tokens}, but the language model has {positions} positions "
+            "(max_position_embeddings).",
+            f"set conversation.max_tokens={positions}, or choose a model with a longer context",
+        )
 
 
 def apply_limits(
@@ -96,12 +110,23 @@ def _checks(limits: Lengths) -> list[tuple[int, str, int, str]]:
     return [(column, wrong, bound, reason) for column, wrong, bound, reason in every if bound is not None]
 
 
+def _kept(storage: Storage, rel: str, samples: int) -> npt.NDArray[np.int64] | None:
+    """Lengths that an earlier start has measured; None where there are none, or none of use."""
+    if not storage.exists(rel):
+        return None
+    try:
+        kept: npt.NDArray[np.int64] = np.load(io.BytesIO(storage.read_bytes(rel)), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        say(f"  {storage.uri(rel)} is damaged ({error}): the lengths are measured anew")
+        return None
+    return kept if kept.shape == (samples, 2) else None
+
+
 def _lengths(
     source: SampleSource, storage: Storage, rel: str, device: torch.device, keep: bool
 ) -> npt.NDArray[np.int64]:
     """Tokens and supervised tokens of every sample [N, 2]; -1 where it cannot be encoded."""
-    if storage.exists(rel):
-        kept: npt.NDArray[np.int64] = np.load(io.BytesIO(storage.read_bytes(rel)), allow_pickle=False)
+    if (kept := _kept(storage, rel, len(source))) is not None:
         return kept
     together = dist.is_initialized()
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)

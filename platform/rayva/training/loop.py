@@ -122,7 +122,7 @@ def _run_step(engine: Engine, prepared: PreparedStep, job: TrainJob) -> Metrics:
         **{name: rate * factor for name, rate in rates.items() if rate is not None},
         "grad_norm": norm,
         "supervised_tokens": float(prepared.supervised),
-        "epoch": (prepared.step + 1) / job.plan.steps_per_epoch,
+        "epoch": job.plan.epochs_after(prepared.step),
     }
 
 

@@ -20,6 +20,9 @@ from rayva.errors import DataError, RecipeError
 _ROUNDS = 8
 """Feistel rounds; four already make a strong pseudo-random permutation of a strong round function."""
 
+_MOST_VISITS = 100_000
+"""Of a sample in one epoch: indices of visits stay far within 64 bits."""
+
 UInt64 = npt.NDArray[np.uint64]
 Int64 = npt.NDArray[np.int64]
 
@@ -80,8 +83,11 @@ class Part:
                 f"The dataset {self.name!r} has no sample to train on",
                 "look at the data step's quarantine table and at the stage's length limits, or take it out",
             )
-        if not (math.isfinite(self.weight) and self.weight > 0):
-            raise RecipeError(f"The weight of dataset {self.name!r} is {self.weight}", "give a number > 0")
+        if not 0 < self.weight <= _MOST_VISITS:
+            raise RecipeError(
+                f"The weight of dataset {self.name!r} is {self.weight}",
+                f"give a number > 0 and at most {_MOST_VISITS:,}",
+            )
         if self.visits < 1:
             raise RecipeError(
                 f"{self.weight} of the {self.samples} samples of the dataset {self.name!r} is less than one",
@@ -163,6 +169,13 @@ class TrainingPlan:
         """The epoch, from 0, that a step belongs to."""
         return step // self.steps_per_epoch
 
+    def epochs_after(self, step: int) -> float:
+        """Epochs that are done after a step, in visits of samples."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        within = min((position + 1) * self.batch_size, self.samples_per_epoch)
+        visited = min(epoch * self.samples_per_epoch + within, self.samples_total)
+        return visited / self.samples_per_epoch
+
     def global_batch(self, step: int) -> list[int]:
         """Sample indices of a step, in order; independent of world size and micro-batch size."""
         if not 0 <= step < self.steps_total:
@@ -185,7 +198,8 @@ class TrainingPlan:
 
     def micro_batches(self, world_size: int, micro: int) -> int:
         """Forward passes of each rank in every step: the same for all ranks and steps."""
-        return math.ceil(self.batch_size / (world_size * micro))
+        largest = min(self.batch_size, self.samples_per_epoch)
+        return math.ceil(largest / (world_size * micro))
 
     def _samples(self, epoch: int, visits: Int64) -> Int64:
         """Sample indices of visits [n], each in range(samples_per_epoch)."""

@@ -11,9 +11,10 @@ def lr_factor(
 ) -> float:
     """What learning rates are multiplied with in `step` (from 0): linear warm-up, then cosine or constant.
 
-    The same as Hugging Face's schedules, which the original trained with: step 0 of a warm-up has 0.
+    The same as Hugging Face's schedules, which the original trained with: step 0 of a warm-up has 0. But the
+    last step is never one of the warm-up: a stage of one step would train nothing.
     """
-    warmup = math.ceil(steps_total * warmup_ratio)
+    warmup = min(math.ceil(steps_total * warmup_ratio), steps_total - 1)
     if step < warmup:
         return step / warmup
     if schedule == "constant":

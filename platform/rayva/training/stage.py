@@ -37,7 +37,7 @@ from rayva.storage import Storage, storage_errors
 from rayva.text.templates import get_template
 from rayva.training.dataset import FeatureReader, SampleSource, StoredFeatures, TextSettings
 from rayva.training.inline import InlineFeatures
-from rayva.training.lengths import apply_limits, require_answers
+from rayva.training.lengths import apply_limits, require_answers, require_positions
 from rayva.training.loop import TrainJob, TrainResult
 from rayva.training.plan import Part, TrainingPlan
 from rayva.training.prefetch import VISITED, Ahead
@@ -97,6 +97,7 @@ def prepare(work: StageWork, device: torch.device) -> Prepared:
     dtype = torch.bfloat16 if stage.precision == "bfloat16" else torch.float32
     language = load_language_model(language_path, dtype, revision)
     cover_vocabulary(language, tokenizer)
+    require_positions(language.config, recipe.conversation.max_tokens)
     tower = describe_tower(**_tower_arguments(work))
     settings = ModelSettings(
         vision=VisionSettings(
@@ -173,7 +174,8 @@ def _features(work: StageWork, keys: pa.Table, device: torch.device) -> FeatureR
         images = _table(work.storage, work.inputs["data"].join("images.parquet"))
         data = work.recipe.data
         tower = load_tower(**_tower_arguments(work), device=device)
-        return InlineFeatures(images, tower, data.max_pixels, data.max_bytes)
+        batch_size = work.recipe.features.batch_size
+        return InlineFeatures(images, tower, data.max_pixels, data.max_bytes, batch_size)
     store = FeatureStore.open(work.storage, outputs["store"])
     by_image = dict(zip(keys["image_id"].to_pylist(), keys["key"].to_pylist(), strict=True))
     return StoredFeatures(store.read, by_image, outputs["tokens"], work.recipe.features.read_threads)
