@@ -9,8 +9,9 @@ import pytest
 from rayva.errors import DataError, RecipeError
 from rayva.instruct.teachers import Requests
 from rayva.llm.cache import AnswerCache
+from rayva.llm.prices import FREE
 from rayva.llm.request import ChatAnswer, ChatRequest
-from rayva.orchestration.generate_costs import Costs, costs_of, told
+from rayva.orchestration.generate_costs import Costs, costs_of, find_price, told
 from rayva.orchestration.generate_run import Plan, forecast
 from tests.instruct.planned import batch_plan, outcomes_of, price_of
 
@@ -49,6 +50,16 @@ def test_an_answer_that_samples_share_is_paid_once(tmp_path: Path) -> None:
     outcomes = outcomes_of(plan)
     assert sum(len(outcome.attempts) for outcome in outcomes.values()) == 3
     assert costs_of(plan, outcomes, price_of(plan)) == Costs(100, 100, 0.2, 0, 0.2)
+
+
+def test_a_price_that_is_not_known_is_not_none(tmp_path: Path) -> None:
+    plan = batch_plan(tmp_path, ["A dog runs."], model="unknown")
+    _answered(plan, 100)
+    assert find_price(plan.settings) is None
+    costs = costs_of(plan, outcomes_of(plan), None)
+    assert costs == Costs(100, 100, None, 0, None)
+    assert told(vars(costs)) == "at a price that is not known (--prices FILE)"
+    assert find_price(batch_plan(tmp_path, ["A dog runs."], teacher="symbolic").settings) == FREE
 
 
 def test_a_run_without_lost_calls_tells_one_figure() -> None:
