@@ -1,6 +1,7 @@
 """What a run says that it has cost: each answer once, and calls that broke off apart."""
 
 import asyncio
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rayva.llm.cache import AnswerCache
 from rayva.llm.prices import FREE
 from rayva.llm.request import ChatAnswer, ChatRequest
 from rayva.orchestration.generate_costs import Costs, costs_of, find_price, told
+from rayva.orchestration.generate_report import GenerationReport, render_report
 from rayva.orchestration.generate_run import Plan, forecast
 from tests.instruct.planned import batch_plan, outcomes_of, price_of
 
@@ -92,3 +94,18 @@ def test_a_forecast_counts_what_is_asked_once_only_once(tmp_path: Path) -> None:
 def test_an_input_without_a_usable_context_is_told_with_the_first(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"2 no_caption; the first, row-0: i0\.jpg has no caption"):
         batch_plan(tmp_path, [" ", ""])
+
+
+def test_the_report_tells_costs_and_how_questions_of_any_script_begin(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "<image>\n\u0427\u0442\u043e \u044d\u0442\u043e? It's?"}]
+    turns += [{"from": "gpt", "value": TEXT}]
+    row = {"id": "a", "image": "a.jpg", "kind": "detail", "conversations": turns}
+    summary = {
+        "tasks": 1, "samples": 1, "by_kind": {"detail": 1}, "rejected_answers": 0, "reasons": {},
+        "errors": {}, "bad_contexts": {}, "empty_boxes": 3, "unfinished": 0,
+        **asdict(Costs(10, 20, 0.5, 2, 0.75)),
+    }  # fmt: skip
+    page = render_report(GenerationReport("T", summary, [row], [], 1.0))
+    assert "$0.5000 (at most $0.7500: 2 calls broke off and may be billed)" in page
+    assert "box without an area" in page
+    assert "\u0447\u0442\u043e <span class='soft small'>\u044d\u0442\u043e</span>" in page

@@ -175,6 +175,32 @@ def test_short_descriptions_are_refused() -> None:
     assert check("reasoning", [Pair("Why?", "They play.")], PARK) == "too_short"
 
 
+@pytest.mark.parametrize(
+    ("question", "detail", "other"),
+    [
+        (
+            "图中有什么",
+            "两只狗在公园的草地上玩耍。旁边有一张长椅。",
+            "天气很好。人们在公园里散步。狗在他们前面奔跑。",
+        ),
+        (
+            "Что тут?",
+            "Две собаки играют на траве в парке возле большой скамейки.",
+            "Стоит хорошая погода, и все очень довольны этой прогулкой.",
+        ),
+    ],
+    ids=["chinese", "russian"],
+)
+def test_other_scripts_have_words_too(question: str, detail: str, other: str) -> None:
+    seen = Duplicates()
+    for answer in (detail, other):
+        assert check("detail", [Pair(question, answer)], PARK) is None
+        assert seen.add([Pair(question, answer)], "1.jpg")
+    assert not seen.add([Pair(question, other)], "1.jpg")
+    assert check("detail", [Pair(question, detail[:5])], PARK) == "too_short"
+    assert check("conversation", [Pair(question, detail), Pair(question, other)], PARK) == "repeats_itself"
+
+
 def test_a_question_asked_twice_is_a_loop() -> None:
     assert (
         check("conversation", [Pair("What is it?", "A dog."), Pair("What is it? ", "Dogs.")], PARK)
