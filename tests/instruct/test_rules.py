@@ -42,6 +42,8 @@ BROKEN = [
     ("not_a_question", "???", "It is a dog."),
     ("mentions_caption", "What is it?", "According to the captions, it is a dog."),
     ("mentions_caption", "What is it?", "The second caption says that it is a dog."),
+    ("mentions_caption", "What is it?", "Based on the descriptions, it is a dog."),
+    ("mentions_caption", "What is it?", "From the information provided, it is a dog."),
     ("mentions_bounding_box", "What is it?", "The bounding box of the dog is large."),
     ("mentions_bounding_box", "Where are the dog's coordinates?", "On the left."),
     ("leaks_coordinates", "Where is it?", "The dog is at [0.12, 0.25, 0.3, 0.4]."),
@@ -83,6 +85,8 @@ FINE = [
     ("How many legs does a dog have?", "Four legs, as dogs do."),
     ("Are there any cars in the scene?", "No, I don't see any cars in the scene."),
     ("What is it?", "Red"),
+    ("What do they choose?", "Based on the descriptions on the menu, they choose soup."),
+    ("What helps?", "The information given by the signs helps people to find the way."),
     ("What is it?", "Sure enough, it is a dog: the question is whose."),
     ("Where is the bench?", "Here is the bench:\non the grass."),
     # Some of them, and what is like them in name only.
@@ -140,6 +144,7 @@ def test_a_caption_outweighs_the_boxes() -> None:
     [
         ("A dog in a park.", ["dog"], [], "three dogs", True),
         ("Dogs in a park.", ["dog"], [], "three dogs", False),  # captions know of more than the boxes do
+        ("Two dogs. Brown dogs play.", ["dog"], [], "three dogs", True),
         ("A dog in a park.", ["dog"], ["dog"], "three dogs", False),
         ("A herd of sheep.", ["sheep"] * 3, [], "eight sheep", False),
         ("Sheep stand in a field.", ["sheep"] * 3, [], "eight sheep", True),

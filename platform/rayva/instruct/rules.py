@@ -23,7 +23,9 @@ _CAPTION = re.compile(r"\bcaptions?\b", re.IGNORECASE)
 _SENTENCES = re.compile(
     r"\b(?:as|given|provided|mentioned|described|stated|listed) (?:in|by) the "
     r"(?:sentences?|descriptions?|text|list|context|annotations?)\b"
-    r"|\b(?:provided|given) (?:sentences?|descriptions?|annotations?|information|context)\b",
+    r"|\b(?:provided|given) (?:sentences?|descriptions?|annotations?|information|context)\b"
+    r"|\b(?:sentences?|descriptions?|annotations?|information|context) (?:provided|given)\b(?! by)"
+    r"|\bbased on the (?:sentences?|descriptions?|annotations?)\b(?! (?:on|in))",
     re.IGNORECASE,
 )
 _BOX = re.compile(r"\b(?:bounding[ -]?box(?:es)?|bbox(?:es)?|coordinates?)\b", re.IGNORECASE)
