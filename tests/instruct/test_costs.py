@@ -1,6 +1,7 @@
 """What a run says that it has cost: each answer once, and calls that broke off apart."""
 
 import asyncio
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 from rayva.errors import DataError, RecipeError
 from rayva.instruct.teachers import Requests
 from rayva.llm.cache import AnswerCache
+from rayva.llm.prices import FREE
 from rayva.llm.request import ChatAnswer, ChatRequest
-from rayva.orchestration.generate_costs import Costs, costs_of, told
+from rayva.orchestration.generate_costs import Costs, costs_of, find_price, told
+from rayva.orchestration.generate_report import GenerationReport, render_report
 from rayva.orchestration.generate_run import Plan, forecast
 from tests.instruct.planned import batch_plan, outcomes_of, price_of
 
@@ -51,6 +54,16 @@ def test_an_answer_that_samples_share_is_paid_once(tmp_path: Path) -> None:
     assert costs_of(plan, outcomes, price_of(plan)) == Costs(100, 100, 0.2, 0, 0.2)
 
 
+def test_a_price_that_is_not_known_is_not_none(tmp_path: Path) -> None:
+    plan = batch_plan(tmp_path, ["A dog runs."], model="unknown")
+    _answered(plan, 100)
+    assert find_price(plan.settings) is None
+    costs = costs_of(plan, outcomes_of(plan), None)
+    assert costs == Costs(100, 100, None, 0, None)
+    assert told(vars(costs)) == "at a price that is not known (--prices FILE)"
+    assert find_price(batch_plan(tmp_path, ["A dog runs."], teacher="symbolic").settings) == FREE
+
+
 def test_a_run_without_lost_calls_tells_one_figure() -> None:
     assert told({"cost": 1.5}) == "$1.5000"
 
@@ -81,3 +94,18 @@ def test_a_forecast_counts_what_is_asked_once_only_once(tmp_path: Path) -> None:
 def test_an_input_without_a_usable_context_is_told_with_the_first(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"2 no_caption; the first, row-0: i0\.jpg has no caption"):
         batch_plan(tmp_path, [" ", ""])
+
+
+def test_the_report_tells_costs_and_how_questions_of_any_script_begin(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "<image>\n\u0427\u0442\u043e \u044d\u0442\u043e? It's?"}]
+    turns += [{"from": "gpt", "value": TEXT}]
+    row = {"id": "a", "image": "a.jpg", "kind": "detail", "conversations": turns}
+    summary = {
+        "tasks": 1, "samples": 1, "by_kind": {"detail": 1}, "rejected_answers": 0, "reasons": {},
+        "errors": {}, "bad_contexts": {}, "empty_boxes": 3, "unfinished": 0,
+        **asdict(Costs(10, 20, 0.5, 2, 0.75)),
+    }  # fmt: skip
+    page = render_report(GenerationReport("T", summary, [row], [], 1.0))
+    assert "$0.5000 (at most $0.7500: 2 calls broke off and may be billed)" in page
+    assert "box without an area" in page
+    assert "\u0447\u0442\u043e <span class='soft small'>\u044d\u0442\u043e</span>" in page

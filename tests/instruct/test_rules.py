@@ -41,6 +41,8 @@ BROKEN = [
     ("not_a_question", "???", "It is a dog."),
     ("mentions_caption", "What is it?", "According to the captions, it is a dog."),
     ("mentions_caption", "What is it?", "The second caption says that it is a dog."),
+    ("mentions_caption", "What is it?", "Based on the descriptions, it is a dog."),
+    ("mentions_caption", "What is it?", "From the information provided, it is a dog."),
     ("mentions_bounding_box", "What is it?", "The bounding box of the dog is large."),
     ("mentions_bounding_box", "Where are the dog's coordinates?", "On the left."),
     ("leaks_coordinates", "Where is it?", "The dog is at [0.12, 0.25, 0.3, 0.4]."),
@@ -82,6 +84,8 @@ FINE = [
     ("How many legs does a dog have?", "Four legs, as dogs do."),
     ("Are there any cars in the scene?", "No, I don't see any cars in the scene."),
     ("What is it?", "Red"),
+    ("What do they choose?", "Based on the descriptions on the menu, they choose soup."),
+    ("What helps?", "The information given by the signs helps people to find the way."),
     ("What is it?", "Sure enough, it is a dog: the question is whose."),
     ("Where is the bench?", "Here is the bench:\non the grass."),
     # Some of them, and what is like them in name only.
@@ -139,6 +143,7 @@ def test_a_caption_outweighs_the_boxes() -> None:
     [
         ("A dog in a park.", ["dog"], [], "three dogs", True),
         ("Dogs in a park.", ["dog"], [], "three dogs", False),  # captions know of more than the boxes do
+        ("Two dogs. Brown dogs play.", ["dog"], [], "three dogs", True),
         ("A dog in a park.", ["dog"], ["dog"], "three dogs", False),
         ("A herd of sheep.", ["sheep"] * 3, [], "eight sheep", False),
         ("Sheep stand in a field.", ["sheep"] * 3, [], "eight sheep", True),
@@ -172,6 +177,32 @@ def test_a_crowd_is_there_and_a_caption_may_deny_it() -> None:
 def test_short_descriptions_are_refused() -> None:
     assert check("detail", [Pair("Describe it.", "Two dogs.")], PARK) == "too_short"
     assert check("reasoning", [Pair("Why?", "They play.")], PARK) == "too_short"
+
+
+@pytest.mark.parametrize(
+    ("question", "detail", "other"),
+    [
+        (
+            "图中有什么",
+            "两只狗在公园的草地上玩耍。旁边有一张长椅。",
+            "天气很好。人们在公园里散步。狗在他们前面奔跑。",
+        ),
+        (
+            "Что тут?",
+            "Две собаки играют на траве в парке возле большой скамейки.",
+            "Стоит хорошая погода, и все очень довольны этой прогулкой.",
+        ),
+    ],
+    ids=["chinese", "russian"],
+)
+def test_other_scripts_have_words_too(question: str, detail: str, other: str) -> None:
+    seen = Duplicates()
+    for answer in (detail, other):
+        assert check("detail", [Pair(question, answer)], PARK) is None
+        assert seen.add([Pair(question, answer)], "1.jpg")
+    assert not seen.add([Pair(question, other)], "1.jpg")
+    assert check("detail", [Pair(question, detail[:5])], PARK) == "too_short"
+    assert check("conversation", [Pair(question, detail), Pair(question, other)], PARK) == "repeats_itself"
 
 
 def test_a_question_asked_twice_is_a_loop() -> None:

@@ -2,6 +2,7 @@
 
 import random
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -9,7 +10,7 @@ from rayva.data import scenes
 from rayva.data.places import PHRASES, place_name
 from rayva.data.schema import IMAGE_PLACEHOLDER, ImageRecord, Instance
 from rayva.instruct import scene_data, symbolic
-from rayva.instruct.contexts import Context
+from rayva.instruct.contexts import Context, Kind
 from rayva.instruct.tasks import KINDS as INSTRUCT_KINDS
 from rayva.recipes.schema import Data
 
@@ -118,3 +119,15 @@ def test_things_alike_are_told_at_once_in_their_plural() -> None:
     text = symbolic.symbolic_answer("conversation", _grouped("scissors"), 4)
     assert "There is one pair of scissors." in text
     assert "Where is the pair of scissors?" in text
+
+
+@pytest.mark.parametrize("kind", INSTRUCT_KINDS)
+def test_what_there_is_a_crowd_of_is_not_counted(kind: Kind) -> None:
+    boxes = [(0.1 * n, 0.1, 0.1 * n + 0.05, 0.4) for n in range(4)]
+    things = tuple(Instance("person" if n else "kite", box) for n, box in enumerate(boxes))
+    crowd = Context("c", "c.jpg", ("Many people fly a kite.",), things, ("person",))
+    nothing_else = replace(crowd, instances=things[1:])
+    for seed in range(30):
+        assert "person" not in (said := symbolic.symbolic_answer(kind, crowd, seed))
+        assert "kite" in said or "object" in said
+        assert "Many people fly a kite." in symbolic.symbolic_answer(kind, nothing_else, seed)

@@ -202,6 +202,17 @@ def test_the_budget_is_never_passed_and_what_is_left_is_used(tmp_path: Path) -> 
     assert budget.reserved == pytest.approx(0)
 
 
+def test_nobody_waits_for_what_rounding_leaves_of_a_budget() -> None:
+    budget = Budget(1e9)
+    calls = [1e6 / 3 + 0.1 * n for n in range(1000)]
+    assert all(map(budget.reserve, calls))
+    for worst in reversed(calls):
+        assert budget.waits
+        budget.settle(worst, 0.0)
+    assert not budget.waits
+    assert budget.reserved == 0.0
+
+
 @pytest.mark.parametrize(
     ("value", "seconds"),
     [("3", 3.0), ("0.5", 0.5), ("-1", 0.0), (None, None), ("soon", None), ("nan", None), ("inf", None)],

@@ -162,7 +162,9 @@ def _supported(claimed: int, present: int, category: str, captions: str) -> bool
         return True
     if claimed <= present:
         return False
-    if present == 1 and re.search(rf"\b{re.escape(plural(category))}\b", captions):
+    several = re.escape(plural(category))
+    told = rf"\b(?:{'|'.join(_NUMBERS[2:])}|\d+) (?:\w+ )?{several}\b"
+    if present == 1 and re.search(rf"\b{several}\b", captions) and not re.search(told, captions):
         return True
     return re.search(rf"{_MANY}.*\b{names}\b", captions) is not None
 

@@ -23,7 +23,9 @@ _CAPTION = re.compile(r"\bcaptions?\b", re.IGNORECASE)
 _SENTENCES = re.compile(
     r"\b(?:as|given|provided|mentioned|described|stated|listed) (?:in|by) the "
     r"(?:sentences?|descriptions?|text|list|context|annotations?)\b"
-    r"|\b(?:provided|given) (?:sentences?|descriptions?|annotations?|information|context)\b",
+    r"|\b(?:provided|given) (?:sentences?|descriptions?|annotations?|information|context)\b"
+    r"|\b(?:sentences?|descriptions?|annotations?|information|context) (?:provided|given)\b(?! by)"
+    r"|\bbased on the (?:sentences?|descriptions?|annotations?)\b(?! (?:on|in))",
     re.IGNORECASE,
 )
 _BOX = re.compile(r"\b(?:bounding[ -]?box(?:es)?|bbox(?:es)?|coordinates?)\b", re.IGNORECASE)
@@ -50,7 +52,9 @@ _REPLY = re.compile(
     r"|\blet me know if (?:you|there|this)\b|\bI hope (?:this|that) helps\b",
     re.IGNORECASE,
 )
-_WORDS = re.compile(r"[a-z0-9']+")
+_WORDS = re.compile(r"[\w']+")
+_UNSPACED = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]")
+"""A character of Thai, Lao, Japanese or Chinese, which are written without spaces between words."""
 _MIN_WORDS: dict[Kind, int] = {"conversation": 1, "detail": 8, "reasoning": 8}
 _LONG_ANSWER = 80
 """Characters from which on an answer that is the same for two images must be a canned one."""
@@ -107,8 +111,13 @@ def replies_to_the_prompt(kind: Kind, pairs: Sequence[Pair], context: Context) -
 
 def too_short(kind: Kind, pairs: Sequence[Pair], context: Context) -> str | None:
     """An answer with fewer words than its kind needs."""
-    fewest = min(len(pair.answer.split()) for pair in pairs)
+    fewest = min(_count_words(pair.answer) for pair in pairs)
     return f"{fewest} words" if fewest < _MIN_WORDS[kind] else None
+
+
+def _count_words(text: str) -> int:
+    """Words; where no spaces tell them apart, two characters are one."""
+    return max(len(text.split()), len(_UNSPACED.findall(text)) // 2)
 
 
 def not_a_question(kind: Kind, pairs: Sequence[Pair], context: Context) -> str | None:

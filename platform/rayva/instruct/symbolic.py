@@ -294,11 +294,13 @@ def symbolic_answer(kind: Kind, context: Context, seed: int) -> str:
     """What the symbolic teacher writes about a context, in the format that `parse` reads.
 
     What the boxes settle is asked about; without boxes, or where they settle nothing, the captions are told.
+    Of what there is a crowd, the boxes settle neither the number nor the place.
     """
-    record = ImageRecord(context.image, "train", captions=context.captions, instances=context.instances)
+    settled = tuple(thing for thing in context.instances if thing.category not in context.crowds)
+    record = ImageRecord(context.image, "train", captions=context.captions, instances=settled)
     rng = random.Random(f"{seed}/{kind}/{context.id}")
     if kind == "detail":
-        return detail(record, rng) if context.instances else " ".join(_sentence(c) for c in context.captions)
+        return detail(record, rng) if settled else " ".join(_sentence(c) for c in context.captions)
     if kind == "conversation":
         asked = questions(record, rng, 3, TAUGHT) or _told(context, rng)
     else:

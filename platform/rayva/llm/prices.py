@@ -96,20 +96,24 @@ class Budget:
 
     def __init__(self, limit: float | None, spent: float = 0.0) -> None:
         self.limit, self.spent, self.reserved = limit, spent, 0.0
+        self._in_flight = 0
 
     def reserve(self, worst: float) -> bool:
         """Sets `worst` dollars aside for a call, or says that there is not enough left for it."""
         if self.limit is not None and self.spent + self.reserved + worst > self.limit:
             return False
         self.reserved += worst
+        self._in_flight += 1
         return True
 
     def settle(self, worst: float, paid: float) -> None:
         """The call has ended and cost `paid`."""
-        self.reserved -= worst
+        self._in_flight -= 1
+        # Differences of many small numbers never come back to zero by themselves.
+        self.reserved = self.reserved - worst if self._in_flight else 0.0
         self.spent += paid
 
     @property
     def waits(self) -> bool:
         """Whether calls in flight may yet give back some of what is set aside."""
-        return self.reserved > 1e-12
+        return self._in_flight > 0

@@ -40,7 +40,7 @@ from rayva.llm.client import ChatClient
 from rayva.llm.prices import Budget, Price
 from rayva.llm.request import ChatAnswer, PermanentError
 from rayva.orchestration.faults import user_error
-from rayva.orchestration.generate_costs import price_of
+from rayva.orchestration.generate_costs import find_price, price_of
 from rayva.progress import Progress
 from rayva.recipes.schema import Generation
 from rayva.storage import Storage
@@ -166,7 +166,7 @@ class _Asker:
         self._loop = asyncio.new_event_loop()
         self._done = 0
         settings = work.settings
-        self._price = work.price()
+        self._price, self._priced = work.price(), find_price(settings) is not None
         self._cache = AnswerCache(work.storage) if settings.teacher != "symbolic" else None
         spent = sum(self._price.of_answer(answer) for answer in self._cache.answers()) if self._cache else 0.0
         self._budget = Budget(settings.max_cost, spent)
@@ -242,7 +242,9 @@ class _Asker:
     def _report(self) -> None:
         figures: dict[str, Any] = {}
         if self._client is not None:
-            figures = {"calls": self._client.calls, "cost": f"${self._budget.spent:.2f}"}
+            figures = {"calls": self._client.calls}
+            if self._priced:
+                figures["cost"] = f"${self._budget.spent:.2f}"
             if errors := self._client.errors.total():
                 figures["errors"] = errors
         self._board.write.remote(self._done, figures)

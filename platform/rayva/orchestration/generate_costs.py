@@ -25,29 +25,29 @@ class Costs:
     Attributes:
         prompt_tokens, completion_tokens, cost: of its answers; one that two samples share counts once.
         lost_calls: calls that broke off and may be billed (cut, timed out, no JSON).
-        cost_at_most: `cost`, and those calls with their longest answers.
+        cost_at_most: `cost`, and those calls with their longest answers. Both are None for an unknown price.
     """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    cost: float = 0.0
+    cost: float | None = 0.0
     lost_calls: int = 0
-    cost_at_most: float = 0.0
+    cost_at_most: float | None = 0.0
 
 
-def costs_of(plan: Plan, outcomes: Mapping[int, Outcome], price: Price) -> Costs:
+def costs_of(plan: Plan, outcomes: Mapping[int, Outcome], price: Price | None) -> Costs:
     """The costs of all that was asked for `outcomes`, in this process or before."""
     if plan.settings.teacher == "symbolic":
         return Costs()
     paid = _paid(plan, outcomes)
     lost = _lost(plan)
-    cost = sum(price.of_answer(answer) for answer in paid)
+    cost = None if price is None else sum(map(price.of_answer, paid))
     return Costs(
         prompt_tokens=sum(answer.prompt_tokens for answer in paid),
         completion_tokens=sum(answer.completion_tokens for answer in paid),
         cost=cost,
         lost_calls=len(lost),
-        cost_at_most=cost + sum(price.of_answer(answer) for answer in lost),
+        cost_at_most=None if price is None else sum(map(price.of_answer, (*paid, *lost))),
     )
 
 
@@ -75,18 +75,23 @@ def _lost(plan: Plan) -> list[ChatAnswer]:
     return [answer for digest, answer in lost if digest in own]
 
 
-def price_of(settings: Generation) -> Price:
-    """The price of the teacher; without a limit on the cost an unknown one is none.
+def find_price(settings: Generation) -> Price | None:
+    """The price of the teacher, None for one that is in no table.
 
     Raises:
-        RecipeError: there is a limit, and the price is not known.
+        RecipeError: there is a limit on the cost, and the price is not known.
     """
     if settings.teacher == "symbolic" or settings.model is None:
         return FREE
     prices = Prices.load(settings.prices)
     if settings.max_cost is not None:
         return prices.require(settings.model, "--max-cost")
-    return prices.find(settings.model) or FREE
+    return prices.find(settings.model)
+
+
+def price_of(settings: Generation) -> Price:
+    """Like `find_price`; without a limit on the cost an unknown price is none."""
+    return find_price(settings) or FREE
 
 
 def spent_at(storage: Storage, price: Price) -> float:
@@ -99,8 +104,10 @@ def spent_at(storage: Storage, price: Price) -> float:
 
 def told(summary: Mapping[str, Any]) -> str:
     """The dollars of a run's summary for people to read."""
-    cost = f"${summary['cost']:.4f}"
+    known = summary["cost"] is not None
+    cost = f"${summary['cost']:.4f}" if known else "at a price that is not known (--prices FILE)"
     if not summary.get("lost_calls"):
         return cost
+    most = f"at most ${summary['cost_at_most']:.4f}: " if known else ""
     calls = f"{summary['lost_calls']:,} call{'s' if summary['lost_calls'] != 1 else ''}"
-    return f"{cost} (at most ${summary['cost_at_most']:.4f}: {calls} broke off and may be billed)"
+    return f"{cost} ({most}{calls} broke off and may be billed)"

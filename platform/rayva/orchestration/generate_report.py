@@ -15,7 +15,7 @@ from rayva.orchestration.generate_costs import told
 from rayva.progress import duration
 
 Row = Mapping[str, Any]
-_WORD = re.compile(r"[A-Za-z']+")
+_WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 _FIRST_WORDS = 12
 _SECOND_WORDS = 5
 _BINS = 24

@@ -27,7 +27,7 @@ from rayva.llm.prices import Price, Prices
 from rayva.lock import JobLock
 from rayva.orchestration import generate_training as training
 from rayva.orchestration.generate_batch import write_batch_files
-from rayva.orchestration.generate_costs import Costs, costs_of, price_of
+from rayva.orchestration.generate_costs import Costs, costs_of, find_price, price_of
 from rayva.orchestration.generate_report import GenerationReport, render_report
 from rayva.provenance import code_version
 from rayva.recipes import Recipe, to_dict
@@ -37,7 +37,7 @@ from rayva.storage import Storage
 from rayva.tracking.mlflow_tracker import JobTracker, send_kept
 
 if TYPE_CHECKING:
-    from rayva.orchestration.generate import Work
+    pass
 
 _SPEED = {
     "concurrency", "requests_per_minute", "tokens_per_minute", "timeout", "max_cost", "prices", "api_key_env",
@@ -251,10 +251,10 @@ def run(plan: Plan, start: bool = True) -> dict[str, Any]:
             write_tasks(storage, folder.join("tasks.parquet"), plan.tasks)
             start_ray(serving_recipe(plan.recipe.serving), storage)
             outcomes = dict(run_tasks(work, folder.join("tasks.parquet"), len(plan.tasks)))
-            summary = write_outputs(plan, work, outcomes, clock.seconds)
+            summary = write_outputs(plan, outcomes, clock.seconds)
             if plan.settings.teacher == "batch":
                 # None, and the old ones go, where all is answered.
-                summary["batch"] = asdict(write_batch_files(plan, outcomes, work.price()))
+                summary["batch"] = asdict(write_batch_files(plan, outcomes, price_of(plan.settings)))
             tracker.metrics(_metrics(summary))
             for name in ("report.html", "samples.parquet", "rejects.parquet"):
                 tracker.artifact(folder.join(name))
@@ -285,7 +285,7 @@ _FIGURES = ("samples", "rejected_answers", "cost", "cost_at_most", "lost_calls")
 
 
 def _metrics(summary: dict[str, Any]) -> dict[str, float]:
-    figures = {f"generate/{name}": float(summary[name]) for name in _FIGURES}
+    figures = {f"generate/{name}": float(summary[name]) for name in _FIGURES if summary[name] is not None}
     figures |= {f"generate/kind/{kind}": float(n) for kind, n in summary["by_kind"].items()}
     return figures | {f"generate/rejected/{why}": float(n) for why, n in summary["reasons"].items()}
 
@@ -303,9 +303,9 @@ _REJECTS = pa.schema(
 )
 
 
-def write_outputs(plan: Plan, work: Work, outcomes: dict[int, Outcome], seconds: float) -> dict[str, Any]:
+def write_outputs(plan: Plan, outcomes: dict[int, Outcome], seconds: float) -> dict[str, Any]:
     """Writes samples.json (LLaVA's form), samples.parquet, rejects.parquet and report.html."""
-    price = work.price()
+    price = find_price(plan.settings)
     accepted, rejected = [], []
     for number, task in enumerate(plan.tasks):
         outcome = outcomes[number]
@@ -337,7 +337,7 @@ def _conversation(outcome: Outcome) -> list[dict[str, str]]:
     return turns
 
 
-def _provenance(plan: Plan, task: Task, tried: int, attempt: Attempt, price: Price) -> dict[str, Any]:
+def _provenance(plan: Plan, task: Task, tried: int, attempt: Attempt, price: Price | None) -> dict[str, Any]:
     settings, answer = plan.settings, attempt.answer
     digest = ""
     if settings.teacher != "symbolic":
@@ -345,7 +345,8 @@ def _provenance(plan: Plan, task: Task, tried: int, attempt: Attempt, price: Pri
     return {
         "teacher": settings.teacher, "model": answer.model, "prompt_digest": digest, "attempt": tried,
         "prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens,
-        "cost": price.of_answer(answer), "seconds": answer.seconds, "time": answer.created,
+        "cost": None if price is None else price.of_answer(answer),
+        "seconds": answer.seconds, "time": answer.created,
     }  # fmt: skip
 
 
