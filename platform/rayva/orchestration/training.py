@@ -220,6 +220,8 @@ def _train_worker(config: dict[str, Any]) -> None:
         _train_stage(work, mailbox)
     except RayvaError as error:
         ray.get(mailbox.fail.remote(error))
+        # The driver tells it in words; Ray Train would write its traceback above them.
+        logging.getLogger("ray.train").setLevel(logging.CRITICAL)
         raise
 
 
