@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from rayva.errors import StorageError
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 _PROBE_BYTES = 1 << 20
+_ONE_SLASH = re.compile(r"[a-z][a-z0-9+.-]+:/(?!/)")
 _counter = itertools.count()
 
 
@@ -98,6 +100,11 @@ class Storage:
         if not root:
             raise StorageError(
                 "The storage's name is empty.", "give a folder or URI (is a variable of the shell not set?)"
+            )
+        if _ONE_SLASH.match(root):
+            raise StorageError(
+                f"The storage {root!r} is neither a path nor a URI.",
+                f"write {root.replace(':/', '://', 1)}, or ./{root} for a folder of that name",
             )
         try:
             # Other processes write here too: a cached listing would be wrong.

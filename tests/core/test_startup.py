@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rayva.errors import CapacityError, DataError, TrainingError
+from rayva.errors import CapacityError, DataError, RecipeError, TrainingError
 from rayva.orchestration.faults import user_error
 from rayva.orchestration.startup import (
     _check_answer,
@@ -23,10 +23,17 @@ from rayva.orchestration.startup import (
     started_here,
     stop_ray,
 )
-from rayva.orchestration.training import ray_environment
+from rayva.orchestration.training import ray_environment, run_finetune
 from rayva.provenance import SOURCE_ROOT, code_version
-from rayva.recipes import resolve
+from rayva.recipes import from_dict, resolve, to_dict
 from rayva.storage import Storage
+from tests.training.stage_support import (
+    RecordingTracker,
+    context,
+    finished_inputs,
+    pretrained,
+    tiny_recipe,
+)
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -37,6 +44,13 @@ import sys, time
 from rayva.orchestration.startup import start_ray
 from rayva.recipes import from_dict
 from rayva.storage import Storage
+from tests.training.stage_support import (
+    RecordingTracker,
+    context,
+    finished_inputs,
+    pretrained,
+    tiny_recipe,
+)
 import json
 start_ray(from_dict(json.loads(sys.argv[2])), Storage(sys.argv[1]))
 print("up", flush=True)
@@ -199,6 +213,20 @@ def test_preempted_nodes_are_watched_for_unless_the_cluster_is_our_own(tmp_path:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.stdout.split() == ["up", "1"], done.stderr
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_training_workers_error_to_mend_is_told_without_a_traceback(tmp_path: Path, ray_tmp: Path) -> None:
+    storage = Storage(str(tmp_path))
+    inputs = finished_inputs(storage, 12) | {"pretrain": pretrained(storage)}
+    settings = to_dict(tiny_recipe())
+    settings["conversation"]["max_tokens"] = 16
+    work = context(storage, from_dict(settings), "finetune", inputs, RecordingTracker())
+    with pytest.raises(RecipeError, match=r"conversation\.max_tokens=16"):
+        run_finetune(work)
+    logs = [path.read_text(errors="replace") for path in ray_tmp.glob("ray/session_*/logs/worker-*.err")]
+    assert logs
+    assert not any("Error in training function" in text for text in logs)
 
 
 def processes_with(text: str) -> list[str]:

@@ -184,3 +184,12 @@ def test_a_damaged_json_file_is_named(tmp_path: Path) -> None:
 def test_an_empty_name_is_no_storage() -> None:
     with pytest.raises(StorageError, match="name is empty"):
         Storage("")
+
+
+def test_a_uri_with_a_slash_too_few_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StorageError, match="neither a path nor a URI") as caught:
+        Storage("s3:/bucket/run")
+    assert "write s3://bucket/run," in caught.value.remedy
+    Storage("./s3:/bucket/run").write_bytes("x", b"1")
+    assert (tmp_path / "s3:" / "bucket" / "run" / "x").exists()

@@ -206,6 +206,9 @@ def test_the_command_with_a_second_model(data: dict[str, Path], tmp_path: Path) 
     places = ["--problems", data["problems"], "--splits", data["splits"], "--predictions", first]
     found = figures("score", "scienceqa", *places, "--second", second, "--ensemble", "complement")
     assert found["ensemble"]["correct"] == 4
+    waiting = figures("score", "scienceqa", *places, "--second", second, "--ensemble", "judge")["ensemble"]
+    assert waiting["accuracy"] is None
+    assert "wait for a judge: give --judged FILE or --judge-url" in waiting["note"]
     refused = rayva("score", "scienceqa", *places, "--second", second)
     assert refused.returncode == 2
     assert "--ensemble" in refused.stderr
@@ -229,8 +232,7 @@ def test_what_the_second_model_lacks_is_counted(data: dict[str, Path], tmp_path:
     ("given", "message"),
     [
         ("--ensemble judge", "--second FILE and --ensemble"),
-        ("--second g --ensemble judge", "--ensemble judge needs a judge\n  -> give --judged FILE"),
-        ("--second g --ensemble judge --judge-model m", "give --judged FILE"),
+        ("--second g --ensemble judge --judge-model m", "give --judge-url"),
         ("--second g --ensemble judge --judge-url http://h", "needs --judge-model and --judge-out"),
         ("--second g --ensemble judge --judge-url http://h --judge-out o", "needs --judge-model"),
         ("--second g --ensemble judge --judged j --judge-url http://h", "leave one of them out"),

@@ -102,10 +102,9 @@ def _check_ensemble(options: argparse.Namespace) -> None:
             "leave one of them out",
         )
     if options.judged is None and options.judge_url is None:
-        raise RecipeError(
-            "--ensemble judge needs a judge",
-            "give --judged FILE with its answers; or --judge-url, --judge-model and --judge-out to ask it",
-        )
+        if given:
+            raise RecipeError(f"{given[0]} is for a judge that is asked now", "give --judge-url too")
+        return  # what the judge would have to decide is told
     if options.judged is None and (lacking := [f for f in _NEEDED if asked[f] is None]):
         raise RecipeError(f"--judge-url needs {' and '.join(lacking)}", f"give {' and '.join(lacking)} too")
 
@@ -134,9 +133,10 @@ def _scienceqa(options: argparse.Namespace) -> dict[str, Any]:
     scienceqa_ensemble.require_second(problems, second, known)
     if options.ensemble == "complement":
         return figures | {"ensemble": scienceqa_ensemble.complement(problems, first, second, known)}
+    verdicts = None
     if options.judged is not None:
         verdicts = read_predictions(options.judged, "--judged")
-    else:
+    elif options.judge_url is not None:
         verdicts = _verdicts(options, problems, first, second)
     return figures | {"ensemble": scienceqa_ensemble.judged(problems, first, second, verdicts, known)}
 

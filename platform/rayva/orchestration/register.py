@@ -61,13 +61,15 @@ def file_digests(storage: Storage, rel: str) -> dict[str, str]:
     sizes = storage.files(rel)
     digests = {}
     with Progress("register: digests", sum(sizes.values()) >> 20, "MB") as progress:
+        read = 0
         for name, size in sizes.items():
             digest = hashlib.sha256()
             with storage.open(f"{rel}/{name}") as file:
                 while chunk := file.read(_CHUNK):
                     digest.update(chunk)
             digests[name] = digest.hexdigest()
-            progress.advance(size >> 20)
+            read += size
+            progress.advance((read >> 20) - progress.done)
     return digests
 
 

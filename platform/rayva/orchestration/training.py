@@ -223,6 +223,8 @@ def _train_worker(config: dict[str, Any]) -> None:
     except RayvaError as error:
         if not may_pass(error, work.storage):
             ray.get(mailbox.fail.remote(error))
+            # The driver tells it in words; Ray Train would write its traceback above them.
+            logging.getLogger("ray.train").setLevel(logging.CRITICAL)
         raise
 
 
