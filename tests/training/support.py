@@ -24,6 +24,7 @@ from rayva.model.projector import build_projector
 from rayva.model.vlm import VisionLanguageModel
 from rayva.recipes.schema import Data, Stage
 from rayva.text.templates import get_template
+from rayva.training.checkpoint import DamagedCheckpointError, Progress, read_progress
 from rayva.training.dataset import SampleSource, TextSettings
 from rayva.training.loop import TrainJob
 from rayva.training.plan import TrainingPlan
@@ -159,6 +160,12 @@ class FolderCheckpoint:
     @property
     def name(self) -> str:
         return self.folder.name
+
+    def progress(self) -> Progress | None:
+        try:
+            return read_progress(self.folder)
+        except DamagedCheckpointError:
+            return None
 
     def open(self) -> AbstractContextManager[Path]:
         return nullcontext(self.folder)

@@ -191,6 +191,24 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
         train(tiny_job(precision="bfloat16"), FolderHooks(tmp_path))
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_precision_goes_on_in_that_of_the_checkpoint(
+    native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started again on machines of another kind, or with one of them among the workers."""
+
+    def machine(does: bool) -> None:
+        monkeypatch.setattr("rayva.training.precision._native_bf16", lambda _: (does, "the test says so"))
+
+    machine(native)
+    _, expected = _train(tmp_path / "whole", epochs=2.0, precision="auto")
+    _interrupt(tmp_path / "killed", 7, epochs=2.0, precision="auto")
+    machine(not native)
+    hooks, weights = _train(tmp_path / "killed", epochs=2.0, precision="auto")
+    assert len(hooks.metrics) == 8 - 6
+    assert weights == expected
+
+
 class _NotANumber(TinyFeatures):
     def _one(self, number: int) -> Tensor:
         features = super()._one(number)

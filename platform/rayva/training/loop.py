@@ -25,7 +25,7 @@ from rayva.training.meter import Meter
 from rayva.training.plan import TrainingPlan
 from rayva.training.precision import resolve_precision
 from rayva.training.prefetch import VISITED, Ahead, PreparedStep, Share, prefetch
-from rayva.training.resume import FAILED, Hooks, Metrics, Saver, restore
+from rayva.training.resume import FAILED, Hooks, Metrics, Saver, restore, saved_dtype
 from rayva.training.schedule import lr_factor
 from rayva.training.stop import stop_on_sigterm
 
@@ -64,6 +64,10 @@ def train(job: TrainJob, hooks: Hooks) -> TrainResult:
     """
     stage, plan = job.stage, job.plan
     dtype, why = resolve_precision(stage.precision, job.device)
+    saved = saved_dtype(hooks, job.digest) if stage.precision == "auto" else None
+    if saved is not None and saved != dtype:
+        # Machines of another kind than those before: what was trained is worth more than their speed.
+        dtype, why = saved, "the checkpoint was trained so"
     logger.info("precision %s: %s", dtype, why)
     layout = find_layout(job.model, stage.packing)
     share = Share(dist.get_rank(), dist.get_world_size(), stage.micro_batch_size, layout)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+import torch
 import torch.distributed as dist
 
 from rayva.errors import TrainingError
@@ -28,6 +29,7 @@ from rayva.training.stop import TrainingStopped, stop_requested
 
 logger = logging.getLogger(__name__)
 
+_DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16)}
 Metrics = dict[str, float]
 FAILED = "failed_checkpoints"
 """Count, and metric, of checkpoints that could not be saved."""
@@ -39,6 +41,10 @@ class SavedCheckpoint(Protocol):
     @property
     def name(self) -> str:
         """Where it is, for messages."""
+        ...
+
+    def progress(self) -> Progress | None:
+        """Where it stands; None where it is not finished."""
         ...
 
     def open(self) -> AbstractContextManager[Path]:
@@ -190,6 +196,16 @@ def _tell_failure(step: int, error: Exception) -> str:
     text = str(error).replace("\n", " ")
     logger.warning("the checkpoint after step %d could not be saved, training goes on: %s", step, text)
     return text
+
+
+def saved_dtype(hooks: Hooks, job_digest: str) -> torch.dtype | None:
+    """What the newest finished checkpoint of this training was trained in, as rank 0 sees it."""
+    told: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        found = (checkpoint.progress() for checkpoint in hooks.checkpoints())
+        told = [next((p.dtype for p in found if p is not None and p.job_digest == job_digest), None)]
+    dist.broadcast_object_list(told, src=0)
+    return _DTYPES.get(told[0] or "")
 
 
 def restore(engine: Engine, hooks: Hooks, fresh: Progress) -> Progress:
