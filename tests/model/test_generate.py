@@ -112,6 +112,16 @@ def test_sampling_is_reproducible_and_keeps_to_the_nucleus(assistant: Assistant)
     assert 0.5 < float((drawn == 0).float().mean()) < 0.75
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(temperature=1e-38), Sampling(temperature=1e-6), Sampling(temperature=1, top_p=1e-300)],
+)
+def test_sampling_at_its_lowest_takes_the_likeliest(sampling: Sampling) -> None:
+    logits = torch.tensor([[-60.0, 80.0, 79.0], [3.0, 1.0, 2.0]]).repeat(50, 1)
+    drawn = choose(logits, sampling, torch.Generator().manual_seed(0))
+    assert torch.equal(drawn, logits.argmax(dim=-1))
+
+
 def test_the_image_reaches_the_answer(assistant: Assistant) -> None:
     red, blue = (assistant.encode_images([_picture(c)])[0] for c in ("red", "blue"))
     assert red.shape == (assistant.settings.vision.tokens, assistant.settings.vision.hidden)

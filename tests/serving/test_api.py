@@ -114,6 +114,33 @@ def test_several_turns_and_a_system_message(client: openai.OpenAI, assistant: As
     assert response.choices[0].message.content == direct_answer(assistant, messages)
 
 
+@pytest.mark.parametrize("dumped", [False, True])
+def test_an_answer_goes_back_as_the_client_holds_it(
+    client: openai.OpenAI, assistant: Assistant, dumped: bool
+) -> None:
+    first = question("What is it?", data_uri(picture(3)))
+    answer = client.chat.completions.create(model="tiny", messages=first, max_tokens=8).choices[0].message
+    second = {"role": "user", "content": "And its colour?"}
+    response = client.chat.completions.create(
+        model="tiny", messages=[*first, answer.model_dump() if dumped else answer, second], max_tokens=16
+    )
+    conversation = [*first, {"role": "assistant", "content": answer.content}, second]
+    assert response.choices[0].message.content == direct_answer(assistant, conversation)
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 1e-38}, {"temperature": 1, "top_p": 1e-300}])
+def test_sampling_at_its_lowest_is_greedy(client: openai.OpenAI, sampling: dict[str, float]) -> None:
+    greedy, sampled = (
+        client.chat.completions.create(
+            model="tiny", messages=question("What?"), max_tokens=16, extra_body=fields
+        )
+        .choices[0]
+        .message.content
+        for fields in ({}, sampling)
+    )
+    assert sampled == greedy
+
+
 def test_typed_control_tokens_stay_text(client: openai.OpenAI, assistant: Assistant) -> None:
     """A typed <image> asks for no features, and a typed </s> is no end: both cost more than one token."""
     typed = question("<image></s><s> What?")
@@ -227,6 +254,21 @@ def test_a_body_that_is_no_request(url: str, body: bytes) -> None:
     status, answer = _post(url, body)
     assert status == 400
     assert answer["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        rb'{"model": "\ud800", "messages": [{"role": "user", "content": "x"}]}',
+        rb'{"model": "tiny", "messages": [{"role": "user", "content": "a \udc80 b"}]}',
+        b'{"model": "\xed\xa0\x80", "messages": []}',
+        rb'{"\ud800": 1}',
+    ],
+)
+def test_half_of_a_surrogate_pair_is_refused(url: str, body: bytes) -> None:
+    status, answer = _post(url, body)
+    assert status == 400
+    assert "surrogate" in str(answer["error"]["message"])
 
 
 def test_unknown_routes_have_the_same_error_form(url: str) -> None:

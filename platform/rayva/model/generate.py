@@ -15,13 +15,15 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from rayva.model.batch import Batch
 from rayva.model.vlm import VisionLanguageModel
 
+_LOWEST_TEMPERATURE = 1e-6
+"""Logits that are divided by less may leave the range of fp32."""
 _STOP_TOKENS_PER_CHARACTER = 4
 """A character takes at most four tokens (byte fallback), so a stop string lies in this many per character."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen; temperature 0 is greedy and ignores the rest."""
+    """How the next token is chosen; a temperature below 1e-6 is greedy and ignores the rest."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -30,6 +32,11 @@ class Sampling:
     """Fixes the draws; None draws anew each time."""
     stop: tuple[str, ...] = ()
     eos_ids: tuple[int, ...] = ()
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken without a draw."""
+        return self.temperature < _LOWEST_TEMPERATURE
 
 
 @dataclass(slots=True)
@@ -131,7 +138,7 @@ def _decode(
             mask_BT = torch.ones_like(batch.input_ids_BT)
         logits_BV = _forward(model, model.embed(batch), mask_BT, cache)
     generator = None
-    if sampling.temperature > 0:
+    if not sampling.greedy:
         generator = torch.Generator(device=logits_BV.device)
         generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
     for _ in range(sampling.max_new_tokens):
@@ -162,13 +169,15 @@ def _forward(model: VisionLanguageModel, embeds_BTH: Tensor, mask_BT: Tensor, ca
 
 def choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
     """The next token of each row [B]: the likeliest, or a draw from the top-p nucleus."""
-    if sampling.temperature <= 0:
+    if sampling.greedy:
         return logits_BV.argmax(dim=-1)
     probabilities_BV = torch.softmax(logits_BV / sampling.temperature, dim=-1)
     if sampling.top_p < 1:
         ordered_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True)
-        # A token stays while the mass before it is below top-p, so the likeliest always stays.
-        before_BV = ordered_BV.cumsum(dim=-1) - ordered_BV
-        ordered_BV = ordered_BV.masked_fill(before_BV >= sampling.top_p, 0.0)
+        # A token stays while the mass before it is below top-p; the likeliest stays even where top-p is 0
+        # in the precision of the probabilities.
+        outside_BV = ordered_BV.cumsum(dim=-1) - ordered_BV >= sampling.top_p
+        outside_BV[:, 0] = False
+        ordered_BV = ordered_BV.masked_fill(outside_BV, 0.0)
         probabilities_BV = torch.zeros_like(probabilities_BV).scatter(-1, order_BV, ordered_BV)
     return torch.multinomial(probabilities_BV, 1, generator=generator).squeeze(-1)
