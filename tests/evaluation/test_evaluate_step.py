@@ -86,6 +86,10 @@ def _data(storage: Storage, pictures: list[bytes]) -> None:
         for n in range(12)
     ]
     questions.append(Question("q-broken", "broken", "grounding", "color", "What?", ("red",)))
+    # One is far too long; the other fits without its image alone.
+    for name, words in (("q-long", 5000), ("q-longer-with-image", 86)):
+        text = "word " * words
+        questions.append(Question(name, "i0", "grounding", "color", text, ("red",)))
     questions.append(Question("text/0", "", "text", "capital", "Capital?", ("Paris",)))
     counts = {
         "images": write_records(storage, data.join("images.parquet"), ImageRecord, images),
@@ -141,7 +145,7 @@ def test_the_step_asks_scores_and_reports(finished: Storage) -> None:
     assert right.keys() == wrong.keys()
     assert all(right[question] != wrong[question] for question in right)
     assert result.outputs["grounding"]["questions"] == 12
-    assert result.outputs["left_out"] == {"image_quarantined": 1}
+    assert result.outputs["left_out"] == {"image_quarantined": 1, "too_long": 2}
     assert result.outputs["tasks"]["text"]["questions"] == 1
     assert result.outputs["passed"] is False
     assert finished.read_json(folder(finished, "evaluate", "stored").join("metrics.json")) == result.outputs
@@ -150,6 +154,7 @@ def test_the_step_asks_scores_and_reports(finished: Storage) -> None:
     assert all(finished.exists(path) for path in result.artifacts)
     report = finished.read_bytes(folder(finished, "evaluate", "stored").join("report.html")).decode()
     assert "not_an_image" in report
+    assert "too_long" in report
     assert "1 min 01 s" in report
     assert report.count("data:image/webp") >= 3
 
@@ -165,7 +170,7 @@ def test_an_interrupted_step_goes_on_and_asks_nothing_twice(finished: Storage) -
     whole = rows(finished)
     parts = Path(finished.path(folder(finished, "evaluate", "stored").join("parts")))
     names = sorted(path.name for path in parts.iterdir())
-    assert len(names) == 3
+    assert len(names) == 4
     marked = json.loads((parts / names[0]).read_text())
     marked[0][3] = "kept from the first attempt"
     (parts / names[0]).write_text(json.dumps(marked))

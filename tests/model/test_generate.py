@@ -78,6 +78,17 @@ def test_questions_with_and_without_images_share_a_batch(assistant: Assistant) -
     assert answers[1] == assistant.answer_batch(_prompts()[:1], [picture], max_new_tokens=6)[0]
 
 
+def test_a_row_ends_where_the_context_does_and_the_others_go_on(assistant: Assistant) -> None:
+    assert assistant.model.context == 512
+    long, short = (Row([1] + [40] * more, [-100] * (more + 1), None) for more in (507, 3))
+    rows = [collate([row], assistant.model.vision_hidden, left=True) for row in (long, short)]
+    both = collate([long, short], assistant.model.vision_hidden, left=True)
+    together = generate_ids(assistant.model, both, Sampling(max_new_tokens=16))
+    assert [len(row) for row in together] == [4, 16]
+    alone = [generate_ids(assistant.model, row, Sampling(max_new_tokens=16))[0] for row in rows]
+    assert together == alone
+
+
 def test_stop_strings_end_an_answer_and_are_cut_off(assistant: Assistant) -> None:
     batch = _batch(assistant)
     (free, *_) = generate(assistant.model, batch, Sampling(max_new_tokens=16), assistant.tokenizer)

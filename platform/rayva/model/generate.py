@@ -41,6 +41,7 @@ class Sampling:
 
 @dataclass(slots=True)
 class _Row:
+    limit: int
     tokens: list[int] = field(default_factory=list)
     finished: bool = False
 
@@ -59,8 +60,11 @@ def generate_ids(
     sampling: Sampling,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[list[int]]:
-    """The new tokens of each row, without EOS; stop strings are looked for where a tokenizer is given."""
-    rows = [_Row() for _ in range(batch.input_ids_BT.shape[0])]
+    """The new tokens of each row, without EOS; stop strings are looked for where a tokenizer is given.
+
+    A row ends where the model's context does; one whose prompt fills the context gets a single token.
+    """
+    rows = [_Row(limit) for limit in _limits(model, batch, sampling)]
     for tokens in _decode(model, batch, sampling, lambda: [row.finished for row in rows]):
         for row, token in zip(rows, tokens, strict=True):
             if not row.finished:
@@ -75,7 +79,7 @@ def stream(
 
     Text is held back while it may still be part of a stop string or of an unfinished character.
     """
-    row, sent = _Row(), 0
+    row, sent = _Row(*_limits(model, batch, sampling)), 0
     for tokens in _decode(model, batch, sampling, lambda: [row.finished]):
         _append(row, tokens[0], sampling, tokenizer)
         text = cut_at_stop(decode(tokenizer, row.tokens), sampling.stop)
@@ -86,6 +90,17 @@ def stream(
     text = cut_at_stop(decode(tokenizer, row.tokens), sampling.stop)
     if len(text) > sent:
         yield text[sent:]
+
+
+def _limits(model: VisionLanguageModel, batch: Batch, sampling: Sampling) -> list[int]:
+    """Most new tokens of each row."""
+    if model.context is None:
+        return [sampling.max_new_tokens] * len(batch.input_ids_BT)
+    mask_BT = batch.attention_mask_BT
+    if mask_BT is None:
+        mask_BT = torch.ones_like(batch.input_ids_BT)
+    lengths: list[int] = mask_BT.sum(dim=1).tolist()
+    return [min(sampling.max_new_tokens, max(1, model.context - length)) for length in lengths]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
@@ -110,7 +125,7 @@ def _append(row: _Row, token: int, sampling: Sampling, tokenizer: PreTrainedToke
         tail = row.tokens[-_STOP_TOKENS_PER_CHARACTER * longest :]
         text = tokenizer.decode(tail, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         row.finished = any(string and string in text for string in sampling.stop)
-    row.finished = row.finished or len(row.tokens) >= sampling.max_new_tokens
+    row.finished = row.finished or len(row.tokens) >= row.limit
 
 
 def _safe_length(text: str, stop: tuple[str, ...]) -> int:
@@ -145,10 +160,13 @@ def _decode(
         with torch.inference_mode():
             tokens_B = choose(logits_BV, sampling, generator)
         yield tokens_B.tolist()
-        if all(finished()):
+        ended = finished()
+        if all(ended):
             return
         with torch.inference_mode():
-            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(tokens_B), 1)], dim=1)
+            # A row that has ended takes no further positions: there may be none in the context.
+            going_on_B1 = mask_BT.new_tensor([[not end] for end in ended])
+            mask_BT = torch.cat([mask_BT, going_on_B1], dim=1)
             embeds_B1H = model.language.get_input_embeddings()(tokens_B.unsqueeze(1))
             logits_BV = _forward(model, embeds_B1H, mask_BT, cache)
 

@@ -61,7 +61,7 @@ class BuiltinEngine:
 
     def __init__(self, assistant: Assistant) -> None:
         self._assistant = assistant
-        self._context: int | None = getattr(assistant.model.language.config, "max_position_embeddings", None)
+        self._context = assistant.model.context
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generate")
 
     async def generate(
