@@ -79,7 +79,8 @@ def stream(
 
     Text is held back while it may still be part of a stop string or of an unfinished character.
     """
-    row, sent = _Row(*_limits(model, batch, sampling)), 0
+    [limit] = _limits(model, batch, sampling)
+    row, sent = _Row(limit), 0
     for tokens in _decode(model, batch, sampling, lambda: [row.finished]):
         _append(row, tokens[0], sampling, tokenizer)
         text = cut_at_stop(decode(tokenizer, row.tokens), sampling.stop)
