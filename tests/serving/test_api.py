@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 import openai
 import pytest
 
+from rayva.errors import ServingError
 from rayva.model.folder import Assistant
 from rayva.serving.api import ApiSettings
 from rayva.serving.engine import Piece
@@ -339,6 +340,13 @@ def test_keys_are_asked_for() -> None:
             assert [card.id for card in client.models.list()] == ["tiny"]
             with pytest.raises(openai.RateLimitError):
                 client.chat.completions.create(model="tiny", messages=question("What?"))
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "a\tb", "🗝"])
+def test_a_key_that_no_header_carries_is_refused(key: str) -> None:
+    with pytest.raises(ServingError, match="Key 2 of RAYVA_API_KEYS") as caught:
+        key_digests({"RAYVA_API_KEYS": f"first, {key}"})
+    assert key not in str(caught.value)
 
 
 def test_healthz_needs_no_key(url: str) -> None:
