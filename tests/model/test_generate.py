@@ -105,9 +105,11 @@ def test_streamed_pieces_add_up_to_the_answer(assistant: Assistant, stops: bool)
     free = generate(assistant.model, row, Sampling(max_new_tokens=20), assistant.tokenizer)[0]
     sampling = Sampling(max_new_tokens=20, stop=(free[4:6],) if stops else ())
     pieces = list(stream(assistant.model, row, sampling, assistant.tokenizer))
-    assert "".join(pieces) == generate(assistant.model, row, sampling, assistant.tokenizer)[0]
+    assert "".join(p.text for p in pieces) == generate(assistant.model, row, sampling, assistant.tokenizer)[0]
     assert len(pieces) > 1
-    assert all(pieces)
+    assert all(piece.text and piece.finish is None for piece in pieces[:-1])
+    assert pieces[-1].finish == ("stop" if stops else "length")
+    assert pieces[-1].tokens == 20 or stops
 
 
 def test_sampling_is_reproducible_and_keeps_to_the_nucleus(assistant: Assistant) -> None:

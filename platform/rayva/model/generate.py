@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,11 +40,25 @@ class Sampling:
         return self.temperature < _LOWEST_TEMPERATURE
 
 
+Finish = Literal["stop", "length"]
+"""Why an answer ends: the model ended it (EOS or a stop string), or it is as long as it may be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A piece of an answer; the last one, and only it, has a `finish`."""
+
+    text: str
+    tokens: int
+    """Tokens of the answer so far, without EOS."""
+    finish: Finish | None = None
+
+
 @dataclass(slots=True)
 class _Row:
     limit: int
     tokens: list[int] = field(default_factory=list)
-    finished: bool = False
+    finish: Finish | None = None
 
 
 def generate(
@@ -65,32 +80,29 @@ def generate_ids(
     A row ends where the model's context does; one whose prompt fills the context gets a single token.
     """
     rows = [_Row(limit) for limit in _limits(model, batch, sampling)]
-    for tokens in _decode(model, batch, sampling, lambda: [row.finished for row in rows]):
+    for tokens in _decode(model, batch, sampling, lambda: [row.finish is not None for row in rows]):
         for row, token in zip(rows, tokens, strict=True):
-            if not row.finished:
+            if row.finish is None:
                 _append(row, token, sampling, tokenizer)
     return [row.tokens for row in rows]
 
 
 def stream(
     model: VisionLanguageModel, batch: Batch, sampling: Sampling, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[str]:
-    """The answer to a batch of one row, piece by piece; the pieces add up to what `generate` returns.
+) -> Iterator[Written]:
+    """The answer to a batch of one row, piece by piece; the texts add up to what `generate` returns.
 
     Text is held back while it may still be part of a stop string or of an unfinished character.
     """
     [limit] = _limits(model, batch, sampling)
     row, sent = _Row(limit), 0
-    for tokens in _decode(model, batch, sampling, lambda: [row.finished]):
+    for tokens in _decode(model, batch, sampling, lambda: [row.finish is not None]):
         _append(row, tokens[0], sampling, tokenizer)
         text = cut_at_stop(decode(tokenizer, row.tokens), sampling.stop)
-        safe = len(text) if row.finished else _safe_length(text, sampling.stop)
-        if safe > sent:
-            yield text[sent:safe]
+        safe = max(sent, len(text) if row.finish else _safe_length(text, sampling.stop))
+        if safe > sent or row.finish:
+            yield Written(text[sent:safe], len(row.tokens), row.finish)
             sent = safe
-    text = cut_at_stop(decode(tokenizer, row.tokens), sampling.stop)
-    if len(text) > sent:
-        yield text[sent:]
 
 
 def _limits(model: VisionLanguageModel, batch: Batch, sampling: Sampling) -> list[int]:
@@ -118,15 +130,17 @@ def cut_at_stop(text: str, stop: tuple[str, ...]) -> str:
 
 def _append(row: _Row, token: int, sampling: Sampling, tokenizer: PreTrainedTokenizerBase | None) -> None:
     if token in sampling.eos_ids:
-        row.finished = True
+        row.finish = "stop"
         return
     row.tokens.append(token)
+    if len(row.tokens) >= row.limit:
+        row.finish = "length"
     if sampling.stop and tokenizer is not None:
         longest = max(len(string) for string in sampling.stop)
         tail = row.tokens[-_STOP_TOKENS_PER_CHARACTER * longest :]
         text = tokenizer.decode(tail, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        row.finished = any(string and string in text for string in sampling.stop)
-    row.finished = row.finished or len(row.tokens) >= row.limit
+        if any(string and string in text for string in sampling.stop):
+            row.finish = "stop"
 
 
 def _safe_length(text: str, stop: tuple[str, ...]) -> int:
