@@ -13,6 +13,7 @@ import yaml
 from rayva import cli
 from rayva.commands import COMMANDS
 from rayva.orchestration import entry, exam_entry
+from rayva.orchestration.console import command_again
 from rayva.orchestration.pipeline import STEPS
 from rayva.recipes import resolve, to_dict
 from tests.core import job
@@ -147,6 +148,17 @@ def test_a_single_steps_script_runs_only_what_it_needs(
     assert entry.main(only="features", argv=["--storage", str(tmp_path), "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["weights", "data", "features"]
+
+
+def test_a_ray_job_is_submitted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["pipelines/full.py", "--force", "data", "--storage", "/a run"])
+    assert command_again() == f"{sys.executable} pipelines/full.py --storage '/a run'"
+    job = {"runtime_env": {"working_dir": "gcs://_ray_pkg_1.zip"}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+    python = Path(sys.executable).name
+    assert command_again() == (
+        f"ray job submit --working-dir . -- {python} pipelines/full.py --storage '/a run'"
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """Ctrl-C, SIGTERM and kill -9 of a running job: finished work stays, and the job says how to go on."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -41,14 +42,30 @@ def test_a_stopped_job_prints_the_command_that_goes_on(tmp_path: Path, number: s
     assert "[1/3] data: done" in said
     command = errors.strip().splitlines()[-1].strip()
     assert "--force" not in command, "what was forgotten once must not be forgotten again"
-    done = subprocess.run(
-        command.replace(Path(sys.executable).name, sys.executable, 1),
-        shell=True, env=FAST, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    done = subprocess.run(command, shell=True, env=FAST, capture_output=True, text=True, check=True)
     assert "[1/3] data: finished before" in done.stdout
     assert "goes on where it stopped" in done.stdout
     assert (root / "ran.txt").read_text().split() == ["data", "train", "train", "evaluate"]
     assert Storage(str(root)).read_json("summary.json")["grounding"]["accuracy"] == 0.9
+
+
+@pytest.mark.parametrize("name", ["demo", "full", "data"])
+def test_every_script_tells_its_own_command(tmp_path: Path, name: str) -> None:
+    command = [
+        sys.executable,
+        f"pipelines/{name}.py",
+        "--storage",
+        str(tmp_path / "a run"),
+        "finetune.epochs=2",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "a run" / LOCK).exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert shlex.split(errors.strip().splitlines()[-1]) == command
 
 
 def test_a_killed_job_goes_on_without_repeating_finished_work(tmp_path: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import io
 import json
+import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,9 +23,9 @@ from rayva.data.tables import write_records
 from rayva.evaluation.metrics import ANSWERS
 from rayva.features.shards import ShardWriter
 from rayva.features.store import StoreLayout, prepare_store
-from rayva.orchestration import evaluate
-from rayva.orchestration.pipeline import StepContext, StepResult
-from rayva.recipes import Recipe
+from rayva.orchestration import entry, evaluate
+from rayva.orchestration.pipeline import STEPS, StepContext, StepResult
+from rayva.recipes import Recipe, resolve, to_dict
 from rayva.recipes.schema import Evaluation, Scaling, Stage
 from rayva.steps import StepFolder, step_digest
 from rayva.storage import Storage
@@ -86,6 +89,10 @@ def _data(storage: Storage, pictures: list[bytes]) -> None:
         for n in range(12)
     ]
     questions.append(Question("q-broken", "broken", "grounding", "color", "What?", ("red",)))
+    # One is far too long; the other fits without its image alone.
+    for name, words in (("q-long", 5000), ("q-longer-with-image", 86)):
+        text = "word " * words
+        questions.append(Question(name, "i0", "grounding", "color", text, ("red",)))
     questions.append(Question("text/0", "", "text", "capital", "Capital?", ("Paris",)))
     counts = {
         "images": write_records(storage, data.join("images.parquet"), ImageRecord, images),
@@ -111,13 +118,17 @@ def _features(storage: Storage, model: Path, pictures: list[bytes]) -> None:
         features.finish({**outputs, "store": store, "quarantined": {"not_an_image": 1}}, {}, 2)
 
 
-def run(storage: Storage, variant: str = "stored", **settings: int) -> StepResult:
-    recipe = Recipe(
+def make_recipe(epochs: float = 1.0, **settings: int) -> Recipe:
+    return Recipe(
         name="test",
-        finetune=Stage(precision="float32"),
+        finetune=Stage(precision="float32", epochs=epochs),
         scaling=Scaling(cpus_per_worker=1),
         evaluation=Evaluation(**{"batch_size": 13, "max_new_tokens": 4, "gallery": 3, **settings}),
     )
+
+
+def run(storage: Storage, variant: str = "stored", **settings: int) -> StepResult:
+    recipe = make_recipe(**settings)
     inputs = {step: folder(storage, step) for step in ("data", "finetune")}
     inputs["features"] = folder(storage, "features", variant)
     tracker = NoopTracker(recipe, storage)
@@ -141,7 +152,7 @@ def test_the_step_asks_scores_and_reports(finished: Storage) -> None:
     assert right.keys() == wrong.keys()
     assert all(right[question] != wrong[question] for question in right)
     assert result.outputs["grounding"]["questions"] == 12
-    assert result.outputs["left_out"] == {"image_quarantined": 1}
+    assert result.outputs["left_out"] == {"image_quarantined": 1, "too_long": 2}
     assert result.outputs["tasks"]["text"]["questions"] == 1
     assert result.outputs["passed"] is False
     assert finished.read_json(folder(finished, "evaluate", "stored").join("metrics.json")) == result.outputs
@@ -150,8 +161,19 @@ def test_the_step_asks_scores_and_reports(finished: Storage) -> None:
     assert all(finished.exists(path) for path in result.artifacts)
     report = finished.read_bytes(folder(finished, "evaluate", "stored").join("report.html")).decode()
     assert "not_an_image" in report
+    assert "too_long" in report
     assert "1 min 01 s" in report
     assert report.count("data:image/webp") >= 3
+
+
+def test_the_report_tells_how_to_train_longer_with_all_settings_of_the_run(finished: Storage) -> None:
+    run(finished)
+    finished.write_json("recipe.json", to_dict(make_recipe()))  # as the job does
+    report = finished.read_bytes(folder(finished, "evaluate", "stored").join("report.html")).decode()
+    command = re.search(r"python pipelines/full.py (.*?finetune.epochs=2)", html.unescape(report))
+    options = entry._parser(None, STEPS).parse_intermixed_args(shlex.split(command[1]))
+    assert options.storage == finished.root
+    assert resolve(options.recipe, options.config, options.overrides) == make_recipe(epochs=2.0)
 
 
 def test_stored_and_inline_features_give_the_same_answers(finished: Storage) -> None:
@@ -165,7 +187,7 @@ def test_an_interrupted_step_goes_on_and_asks_nothing_twice(finished: Storage) -
     whole = rows(finished)
     parts = Path(finished.path(folder(finished, "evaluate", "stored").join("parts")))
     names = sorted(path.name for path in parts.iterdir())
-    assert len(names) == 3
+    assert len(names) == 4
     marked = json.loads((parts / names[0]).read_text())
     marked[0][3] = "kept from the first attempt"
     (parts / names[0]).write_text(json.dumps(marked))

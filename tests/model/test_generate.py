@@ -78,6 +78,17 @@ def test_questions_with_and_without_images_share_a_batch(assistant: Assistant) -
     assert answers[1] == assistant.answer_batch(_prompts()[:1], [picture], max_new_tokens=6)[0]
 
 
+def test_a_row_ends_where_the_context_does_and_the_others_go_on(assistant: Assistant) -> None:
+    assert assistant.model.context == 512
+    long, short = (Row([1] + [40] * more, [-100] * (more + 1), None) for more in (507, 3))
+    rows = [collate([row], assistant.model.vision_hidden, left=True) for row in (long, short)]
+    both = collate([long, short], assistant.model.vision_hidden, left=True)
+    together = generate_ids(assistant.model, both, Sampling(max_new_tokens=16))
+    assert [len(row) for row in together] == [4, 16]
+    alone = [generate_ids(assistant.model, row, Sampling(max_new_tokens=16))[0] for row in rows]
+    assert together == alone
+
+
 def test_stop_strings_end_an_answer_and_are_cut_off(assistant: Assistant) -> None:
     batch = _batch(assistant)
     (free, *_) = generate(assistant.model, batch, Sampling(max_new_tokens=16), assistant.tokenizer)
@@ -94,9 +105,11 @@ def test_streamed_pieces_add_up_to_the_answer(assistant: Assistant, stops: bool)
     free = generate(assistant.model, row, Sampling(max_new_tokens=20), assistant.tokenizer)[0]
     sampling = Sampling(max_new_tokens=20, stop=(free[4:6],) if stops else ())
     pieces = list(stream(assistant.model, row, sampling, assistant.tokenizer))
-    assert "".join(pieces) == generate(assistant.model, row, sampling, assistant.tokenizer)[0]
+    assert "".join(p.text for p in pieces) == generate(assistant.model, row, sampling, assistant.tokenizer)[0]
     assert len(pieces) > 1
-    assert all(pieces)
+    assert all(piece.text and piece.finish is None for piece in pieces[:-1])
+    assert pieces[-1].finish == ("stop" if stops else "length")
+    assert pieces[-1].tokens == 20 or stops
 
 
 def test_sampling_is_reproducible_and_keeps_to_the_nucleus(assistant: Assistant) -> None:
@@ -110,6 +123,16 @@ def test_sampling_is_reproducible_and_keeps_to_the_nucleus(assistant: Assistant)
     drawn = choose(logits, Sampling(temperature=1.0, top_p=0.7), generator)
     assert set(drawn.tolist()) == {0, 1}
     assert 0.5 < float((drawn == 0).float().mean()) < 0.75
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(temperature=1e-38), Sampling(temperature=1e-6), Sampling(temperature=1, top_p=1e-300)],
+)
+def test_sampling_at_its_lowest_takes_the_likeliest(sampling: Sampling) -> None:
+    logits = torch.tensor([[-60.0, 80.0, 79.0], [3.0, 1.0, 2.0]]).repeat(50, 1)
+    drawn = choose(logits, sampling, torch.Generator().manual_seed(0))
+    assert torch.equal(drawn, logits.argmax(dim=-1))
 
 
 def test_the_image_reaches_the_answer(assistant: Assistant) -> None:

@@ -11,6 +11,7 @@ from rayva.orchestration.startup import shares_gpus
 from rayva.recipes import from_dict, require_runnable, resolve, to_dict
 from rayva.recipes.named import NAMED
 from rayva.recipes.schema import Dataset
+from rayva.storage import Storage
 
 
 def fault(*overrides: str, name: str = "tiny", config: str | None = None) -> str:
@@ -24,6 +25,17 @@ def test_a_recipe_survives_json(name: str) -> None:
     recipe = resolve(name)
     assert from_dict(json.loads(json.dumps(to_dict(recipe)))) == recipe
     assert recipe.name == name
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_the_recipe_of_a_run_is_a_file_of_settings(name: str, tmp_path) -> None:
+    overrides = ["finetune.lr=3e-6", 'conversation.system=A \U0001f600 "é".', "name=my-own"]
+    recipe = resolve(name, overrides=overrides)
+    storage = Storage(str(tmp_path / "a run"))
+    storage.write_json("recipe.json", to_dict(recipe))
+    assert resolve("tiny", storage.uri("recipe.json")) == recipe
+    again = resolve("tiny", storage.uri("recipe.json"), ["finetune.epochs=2"])
+    assert to_dict(again) == {**to_dict(recipe), "finetune": {**to_dict(recipe)["finetune"], "epochs": 2.0}}
 
 
 def test_the_paper_recipe_has_the_papers_numbers() -> None:
@@ -312,6 +324,12 @@ def test_a_language_model_that_stage_1_would_train_in_vain_is_refused() -> None:
 def test_a_rate_for_what_is_not_trained_is_refused(overrides: list[str]) -> None:
     with pytest.raises(RecipeError, match=r"embedding_lr has no effect"):
         require_runnable(resolve("tiny", None, overrides))
+
+
+def test_workers_that_take_nothing_are_refused_before_a_run() -> None:
+    with pytest.raises(RecipeError, match="neither CPUs nor GPUs"):
+        require_runnable(resolve("tiny", None, ["scaling.cpus_per_worker=0"]))
+    require_runnable(resolve("tiny", None, ["scaling.cpus_per_worker=0", "scaling.gpus_per_worker=1"]))
 
 
 def test_offload_needs_sharding() -> None:

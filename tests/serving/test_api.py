@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 import openai
 import pytest
 
+from rayva.errors import ServingError
 from rayva.model.folder import Assistant
 from rayva.serving.api import ApiSettings
 from rayva.serving.engine import Piece
@@ -112,6 +113,33 @@ def test_several_turns_and_a_system_message(client: openai.OpenAI, assistant: As
     ]
     response = client.chat.completions.create(model="tiny", messages=messages, max_tokens=16)
     assert response.choices[0].message.content == direct_answer(assistant, messages)
+
+
+@pytest.mark.parametrize("dumped", [False, True])
+def test_an_answer_goes_back_as_the_client_holds_it(
+    client: openai.OpenAI, assistant: Assistant, dumped: bool
+) -> None:
+    first = question("What is it?", data_uri(picture(3)))
+    answer = client.chat.completions.create(model="tiny", messages=first, max_tokens=8).choices[0].message
+    second = {"role": "user", "content": "And its colour?"}
+    response = client.chat.completions.create(
+        model="tiny", messages=[*first, answer.model_dump() if dumped else answer, second], max_tokens=16
+    )
+    conversation = [*first, {"role": "assistant", "content": answer.content}, second]
+    assert response.choices[0].message.content == direct_answer(assistant, conversation)
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 1e-38}, {"temperature": 1, "top_p": 1e-300}])
+def test_sampling_at_its_lowest_is_greedy(client: openai.OpenAI, sampling: dict[str, float]) -> None:
+    greedy, sampled = (
+        client.chat.completions.create(
+            model="tiny", messages=question("What?"), max_tokens=16, extra_body=fields
+        )
+        .choices[0]
+        .message.content
+        for fields in ({}, sampling)
+    )
+    assert sampled == greedy
 
 
 def test_typed_control_tokens_stay_text(client: openai.OpenAI, assistant: Assistant) -> None:
@@ -229,6 +257,21 @@ def test_a_body_that_is_no_request(url: str, body: bytes) -> None:
     assert answer["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        rb'{"model": "\ud800", "messages": [{"role": "user", "content": "x"}]}',
+        rb'{"model": "tiny", "messages": [{"role": "user", "content": "a \udc80 b"}]}',
+        b'{"model": "\xed\xa0\x80", "messages": []}',
+        rb'{"\ud800": 1}',
+    ],
+)
+def test_half_of_a_surrogate_pair_is_refused(url: str, body: bytes) -> None:
+    status, answer = _post(url, body)
+    assert status == 400
+    assert "surrogate" in str(answer["error"]["message"])
+
+
 def test_unknown_routes_have_the_same_error_form(url: str) -> None:
     assert _post(url, b"{}", "/v1/completions")[0] == 404
     status, answer = _post(url, b"{}", "/healthz")
@@ -297,6 +340,13 @@ def test_keys_are_asked_for() -> None:
             assert [card.id for card in client.models.list()] == ["tiny"]
             with pytest.raises(openai.RateLimitError):
                 client.chat.completions.create(model="tiny", messages=question("What?"))
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "a\tb", "🗝"])
+def test_a_key_that_no_header_carries_is_refused(key: str) -> None:
+    with pytest.raises(ServingError, match="Key 2 of RAYVA_API_KEYS") as caught:
+        key_digests({"RAYVA_API_KEYS": f"first, {key}"})
+    assert key not in str(caught.value)
 
 
 def test_healthz_needs_no_key(url: str) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayva.model.folder import Assistant
-from rayva.model.generate import cut_at_stop
+from rayva.model.generate import cut_at_stop, generate_ids
 from rayva.serving.engine import BuiltinEngine
 from rayva.serving.schema import Sampling
 from rayva.serving.stops import StopFilter
@@ -57,6 +57,27 @@ def test_pieces_end_with_one_that_counts(engine: BuiltinEngine) -> None:
     assert last.finish in ("stop", "length")
     assert last.prompt_tokens > 0
     assert 0 < last.completion_tokens <= 8
+
+
+def test_what_ended_an_answer_and_its_length_are_the_models_own(
+    engine: BuiltinEngine, assistant: Assistant
+) -> None:
+    """A random model writes otherwise than its tokenizer splits; some of these answers end with EOS."""
+
+    async def last(seed: int) -> tuple[object, int]:
+        pieces = [piece async for piece in engine.generate(ASK, [], Sampling(12, 1.0, seed=seed))]
+        return pieces[-1].finish, pieces[-1].completion_tokens
+
+    def written(seed: int) -> int:
+        batch = assistant._batch([ASK], [[]])
+        return len(generate_ids(assistant.model, batch, assistant._sampling(12, 1.0, 1.0, seed))[0])
+
+    async def all_of(seeds: range) -> list[tuple[object, int]]:
+        return [await last(seed) for seed in seeds]
+
+    expected = [("length" if written(seed) == 12 else "stop", written(seed)) for seed in range(60)]
+    assert len({finish for finish, _ in expected}) == 2
+    assert asyncio.run(all_of(range(60))) == expected
 
 
 def test_a_closed_stream_frees_the_engine(engine: BuiltinEngine) -> None:

@@ -106,6 +106,51 @@ def test_what_cannot_be_answered_is_a_400(messages: Any, fields: dict[str, Any])
         assert caught.value.param == next(iter(fields))
 
 
+def part(**fields: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": [text("What?"), fields]}]
+
+
+@pytest.mark.parametrize(
+    ("messages", "fields", "place", "fault"),
+    [
+        (part(type="image_url", image_url="data:x"), {}, "messages.0.content.1.image_url", "an object"),
+        (part(type="image_url"), {}, "messages.0.content.1.image_url", "required"),
+        (part(type="image_url", image_url={}), {}, "messages.0.content.1.image_url.url", "required"),
+        (
+            part(type="image_url", image_url={"url": "x", "detail": "ultra"}),
+            {},
+            "messages.0.content.1.image_url.detail",
+            "'low' or 'high'",
+        ),
+        (part(type="text", txt="What?"), {}, "messages.0.content.1.text", "required"),
+        (part(type="text", text="What?", x=1), {}, "messages.0.content.1.x", "unknown field"),
+        (part(type="input_image"), {}, "messages.0.content.1", "'input_image'.*'text', 'image_url'"),
+        ([{"role": "user", "content": None}], {}, "messages.0.content", "valid string"),
+        ([{"role": "user", "content": "x", "text": "x"}], {}, "messages.0.text", "unknown field"),
+        (["What?"], {}, "messages.0", "an object"),
+        (ASK, {"stop": ["a", 3]}, "stop.1", "valid string"),
+        (ASK, {"stop": 3}, "stop", "valid string"),
+    ],
+)
+def test_a_fault_is_told_where_it_is(messages: Any, fields: dict[str, Any], place: str, fault: str) -> None:
+    with pytest.raises(ApiError, match=fault) as caught:
+        parse(messages, **fields)
+    assert caught.value.param == place
+    assert f"'{place}'" in caught.value.message
+
+
+@pytest.mark.parametrize("nothing", [None, [], "", {}])
+@pytest.mark.parametrize("field", ["refusal", "annotations", "audio", "function_call", "tool_calls"])
+def test_an_answer_is_taken_back_with_its_empty_fields(field: str, nothing: object) -> None:
+    answer = {"role": "assistant", "content": "A cat."}
+    assert parse([*ASK, {**answer, field: nothing}, *ASK]) == parse([*ASK, answer, *ASK])
+    with pytest.raises(ApiError, match=f"'messages.1.{field}' is not supported") as caught:
+        parse([*ASK, {**answer, field: ["x"]}, *ASK])
+    assert caught.value.param == f"messages.1.{field}"
+    with pytest.raises(ApiError, match=f"'messages.0.{field}'"):
+        parse([{**ASK[0], field: nothing}])
+
+
 @pytest.mark.parametrize(
     "fields",
     [

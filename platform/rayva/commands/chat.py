@@ -13,11 +13,12 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rayva.errors import RayvaError, ServingError
+from rayva.errors import DataError, RayvaError, ServingError
 from rayva.recipes.schema import Serving
 from rayva.serving.client import ChatClient, read_picture, user_message
 
 _LARGEST_PICTURE = 64 * 1024 * 1024
+_FAILED = 2
 Ask = Callable[[list[dict[str, Any]]], Iterator[str]]
 """From a conversation in the API's form to the pieces of the answer."""
 
@@ -28,11 +29,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="model folder, storage root of a run, or models:/NAME@ALIAS")
     parser.add_argument("--tracking-uri", help="where the registry is, for models:/...")
     parser.add_argument("--image", type=Path, help="the picture to talk about")
-    parser.add_argument("--max-tokens", type=int, help="longest answer (default: the endpoint's limit)")
+    parser.add_argument(
+        "--max-tokens", type=_at_least_one, help="longest answer (default: the endpoint's limit)"
+    )
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text) if text.strip().isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return number
 
 
 def run(options: argparse.Namespace) -> int:
-    """Talks until the input ends."""
+    """Talks until the input ends. Exit code: 2 where questions from a file or a pipe found no answer."""
     reference = options.model or options.folder
     if (options.url is None) == (reference is None):
         raise ServingError("say which model to ask", "give either --url URL or --model FOLDER")
@@ -41,17 +51,22 @@ def run(options: argparse.Namespace) -> int:
         ask = remote_asker(options.url, options.max_tokens)
     else:
         ask = local_asker(reference, options.tracking_uri, options.max_tokens)
-    talk(ask, picture)
-    return 0
+    errors = talk(ask, picture)
+    return _FAILED if errors and not sys.stdin.isatty() else 0
 
 
-def talk(ask: Ask, picture: bytes | None) -> None:
-    """The dialogue: reads lines from stdin, writes answers to stdout as they come."""
+def talk(ask: Ask, picture: bytes | None) -> int:
+    """The dialogue: reads lines from stdin, writes answers to stdout as they come.
+
+    Returns:
+        How many lines ended in an error.
+    """
     messages: list[dict[str, Any]] = []
+    errors = 0
     while (line := _read_line()) is not None:
         try:
             if line == "/quit":
-                return
+                break
             if line.startswith("/image "):
                 picture = read_picture(Path(line.removeprefix("/image ").strip()).expanduser())
                 messages = []
@@ -60,7 +75,9 @@ def talk(ask: Ask, picture: bytes | None) -> None:
             elif line:
                 messages = _turn(ask, messages, line, picture)
         except RayvaError as error:
+            errors += 1
             print(f"error: {error}", file=sys.stderr)
+    return errors
 
 
 def _turn(
@@ -70,18 +87,34 @@ def _turn(
     shown = [picture] if picture is not None and not messages else []
     asked = [*messages, user_message(question, shown)]
     answer = ""
-    for piece in ask(asked):
-        print(piece, end="", flush=True)
-        answer += piece
+    try:
+        for piece in ask(asked):
+            print(piece, end="", flush=True)
+            answer += piece
+    except RayvaError:
+        if answer:
+            print(flush=True)  # the error stands on a line of its own
+        raise
     print(flush=True)
     return [*asked, {"role": "assistant", "content": answer}]
 
 
 def _read_line() -> str | None:
+    """The next line; None at the end.
+
+    Raises:
+        DataError: it is no text.
+    """
     try:
-        return input("> " if sys.stdin.isatty() else "").strip()
+        line = input("> " if sys.stdin.isatty() else "").strip()
+        line.encode()  # in some locales Python lets wrong bytes pass as half surrogate pairs
     except EOFError:
         return None
+    except UnicodeError as error:
+        raise DataError(
+            "A line of the input is not text in UTF-8", "convert it with iconv -t UTF-8"
+        ) from error
+    return line
 
 
 def remote_asker(url: str, max_tokens: int | None) -> Ask:

@@ -23,7 +23,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from rayva.errors import WeightsError
 from rayva.model.batch import Batch, Row, collate, expand_images
-from rayva.model.generate import Sampling, generate, stream
+from rayva.model.generate import Sampling, Written, generate, stream
 from rayva.model.language import eos_token_ids, load_language_model, load_tokenizer
 from rayva.model.projector import ProjectorKind, build_projector, load_projector
 from rayva.model.vlm import VisionLanguageModel
@@ -181,7 +181,7 @@ class Assistant:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
-    ) -> Iterator[str]:
+    ) -> Iterator[Written]:
         """One answer, piece by piece."""
         sampling = self._sampling(max_new_tokens, temperature, top_p, seed)
         return stream(self.model, self._batch([prompt], [features]), sampling, self.tokenizer)

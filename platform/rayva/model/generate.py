@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,13 +16,15 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from rayva.model.batch import Batch
 from rayva.model.vlm import VisionLanguageModel
 
+_LOWEST_TEMPERATURE = 1e-6
+"""Logits that are divided by less may leave the range of fp32."""
 _STOP_TOKENS_PER_CHARACTER = 4
 """A character takes at most four tokens (byte fallback), so a stop string lies in this many per character."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen; temperature 0 is greedy and ignores the rest."""
+    """How the next token is chosen; a temperature below 1e-6 is greedy and ignores the rest."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -31,11 +34,31 @@ class Sampling:
     stop: tuple[str, ...] = ()
     eos_ids: tuple[int, ...] = ()
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken without a draw."""
+        return self.temperature < _LOWEST_TEMPERATURE
+
+
+Finish = Literal["stop", "length"]
+"""Why an answer ends: the model ended it (EOS or a stop string), or it is as long as it may be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A piece of an answer; the last one, and only it, has a `finish`."""
+
+    text: str
+    tokens: int
+    """Tokens of the answer so far, without EOS."""
+    finish: Finish | None = None
+
 
 @dataclass(slots=True)
 class _Row:
+    limit: int
     tokens: list[int] = field(default_factory=list)
-    finished: bool = False
+    finish: Finish | None = None
 
 
 def generate(
@@ -52,33 +75,45 @@ def generate_ids(
     sampling: Sampling,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[list[int]]:
-    """The new tokens of each row, without EOS; stop strings are looked for where a tokenizer is given."""
-    rows = [_Row() for _ in range(batch.input_ids_BT.shape[0])]
-    for tokens in _decode(model, batch, sampling, lambda: [row.finished for row in rows]):
+    """The new tokens of each row, without EOS; stop strings are looked for where a tokenizer is given.
+
+    A row ends where the model's context does; one whose prompt fills the context gets a single token.
+    """
+    rows = [_Row(limit) for limit in _limits(model, batch, sampling)]
+    for tokens in _decode(model, batch, sampling, lambda: [row.finish is not None for row in rows]):
         for row, token in zip(rows, tokens, strict=True):
-            if not row.finished:
+            if row.finish is None:
                 _append(row, token, sampling, tokenizer)
     return [row.tokens for row in rows]
 
 
 def stream(
     model: VisionLanguageModel, batch: Batch, sampling: Sampling, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[str]:
-    """The answer to a batch of one row, piece by piece; the pieces add up to what `generate` returns.
+) -> Iterator[Written]:
+    """The answer to a batch of one row, piece by piece; the texts add up to what `generate` returns.
 
     Text is held back while it may still be part of a stop string or of an unfinished character.
     """
-    row, sent = _Row(), 0
-    for tokens in _decode(model, batch, sampling, lambda: [row.finished]):
+    [limit] = _limits(model, batch, sampling)
+    row, sent = _Row(limit), 0
+    for tokens in _decode(model, batch, sampling, lambda: [row.finish is not None]):
         _append(row, tokens[0], sampling, tokenizer)
         text = cut_at_stop(decode(tokenizer, row.tokens), sampling.stop)
-        safe = len(text) if row.finished else _safe_length(text, sampling.stop)
-        if safe > sent:
-            yield text[sent:safe]
+        safe = max(sent, len(text) if row.finish else _safe_length(text, sampling.stop))
+        if safe > sent or row.finish:
+            yield Written(text[sent:safe], len(row.tokens), row.finish)
             sent = safe
-    text = cut_at_stop(decode(tokenizer, row.tokens), sampling.stop)
-    if len(text) > sent:
-        yield text[sent:]
+
+
+def _limits(model: VisionLanguageModel, batch: Batch, sampling: Sampling) -> list[int]:
+    """Most new tokens of each row."""
+    if model.context is None:
+        return [sampling.max_new_tokens] * len(batch.input_ids_BT)
+    mask_BT = batch.attention_mask_BT
+    if mask_BT is None:
+        mask_BT = torch.ones_like(batch.input_ids_BT)
+    lengths: list[int] = mask_BT.sum(dim=1).tolist()
+    return [min(sampling.max_new_tokens, max(1, model.context - length)) for length in lengths]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
@@ -95,15 +130,17 @@ def cut_at_stop(text: str, stop: tuple[str, ...]) -> str:
 
 def _append(row: _Row, token: int, sampling: Sampling, tokenizer: PreTrainedTokenizerBase | None) -> None:
     if token in sampling.eos_ids:
-        row.finished = True
+        row.finish = "stop"
         return
     row.tokens.append(token)
+    if len(row.tokens) >= row.limit:
+        row.finish = "length"
     if sampling.stop and tokenizer is not None:
         longest = max(len(string) for string in sampling.stop)
         tail = row.tokens[-_STOP_TOKENS_PER_CHARACTER * longest :]
         text = tokenizer.decode(tail, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        row.finished = any(string and string in text for string in sampling.stop)
-    row.finished = row.finished or len(row.tokens) >= sampling.max_new_tokens
+        if any(string and string in text for string in sampling.stop):
+            row.finish = "stop"
 
 
 def _safe_length(text: str, stop: tuple[str, ...]) -> int:
@@ -131,17 +168,20 @@ def _decode(
             mask_BT = torch.ones_like(batch.input_ids_BT)
         logits_BV = _forward(model, model.embed(batch), mask_BT, cache)
     generator = None
-    if sampling.temperature > 0:
+    if not sampling.greedy:
         generator = torch.Generator(device=logits_BV.device)
         generator.seed() if sampling.seed is None else generator.manual_seed(sampling.seed)
     for _ in range(sampling.max_new_tokens):
         with torch.inference_mode():
             tokens_B = choose(logits_BV, sampling, generator)
         yield tokens_B.tolist()
-        if all(finished()):
+        ended = finished()
+        if all(ended):
             return
         with torch.inference_mode():
-            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(tokens_B), 1)], dim=1)
+            # A row that has ended takes no further positions: there may be none in the context.
+            going_on_B1 = mask_BT.new_tensor([[not end] for end in ended])
+            mask_BT = torch.cat([mask_BT, going_on_B1], dim=1)
             embeds_B1H = model.language.get_input_embeddings()(tokens_B.unsqueeze(1))
             logits_BV = _forward(model, embeds_B1H, mask_BT, cache)
 
@@ -162,13 +202,15 @@ def _forward(model: VisionLanguageModel, embeds_BTH: Tensor, mask_BT: Tensor, ca
 
 def choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
     """The next token of each row [B]: the likeliest, or a draw from the top-p nucleus."""
-    if sampling.temperature <= 0:
+    if sampling.greedy:
         return logits_BV.argmax(dim=-1)
     probabilities_BV = torch.softmax(logits_BV / sampling.temperature, dim=-1)
     if sampling.top_p < 1:
         ordered_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True)
-        # A token stays while the mass before it is below top-p, so the likeliest always stays.
-        before_BV = ordered_BV.cumsum(dim=-1) - ordered_BV
-        ordered_BV = ordered_BV.masked_fill(before_BV >= sampling.top_p, 0.0)
+        # A token stays while the mass before it is below top-p; the likeliest stays even where top-p is 0
+        # in the precision of the probabilities.
+        outside_BV = ordered_BV.cumsum(dim=-1) - ordered_BV >= sampling.top_p
+        outside_BV[:, 0] = False
+        ordered_BV = ordered_BV.masked_fill(outside_BV, 0.0)
         probabilities_BV = torch.zeros_like(probabilities_BV).scatter(-1, order_BV, ordered_BV)
     return torch.multinomial(probabilities_BV, 1, generator=generator).squeeze(-1)

@@ -31,6 +31,11 @@ class VisionLanguageModel(nn.Module):
         linear = self.projector if isinstance(self.projector, nn.Linear) else next(self.projector.children())
         return cast(nn.Linear, linear).in_features
 
+    @property
+    def context(self) -> int | None:
+        """Positions that the language model has, image tokens included; None where it sets no limit."""
+        return cast(int | None, getattr(self.language.config, "max_position_embeddings", None))
+
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """`loss_sum`: so that DeepSpeed's hooks around `forward` see the whole computation."""
         return self.loss_sum(batch)

@@ -196,7 +196,7 @@ class Answerer:
 
     def _too_long(self, row: dict[str, Any]) -> str:
         """Why a conversation does not fit the model's context; empty where it does."""
-        context = getattr(self._assistant.model.language.config, "max_position_embeddings", None)
+        context = self._assistant.model.context
         if context is None:
             return ""
         length = self._assistant.prompt_length(unpack_messages(row["messages"]))

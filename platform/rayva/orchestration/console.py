@@ -1,10 +1,14 @@
-"""What the scripts around the endpoint share: arguments of `serving.*`, errors and exit codes."""
+"""What the scripts of pipelines/ share: arguments of `serving.*`, errors, exit codes, the command again."""
 
 from __future__ import annotations
 
+import json
+import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 
 from rayva.errors import RayvaError, RecipeError
@@ -27,6 +31,36 @@ def guarded(action: Callable[[], int], interrupted: str) -> int:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         print(f"\n{interrupted}", file=sys.stderr, flush=True)
         return INTERRUPTED
+
+
+def command_again() -> str:
+    """The command that started this process, as a line for a shell, but for what `--force` forgot.
+
+    A Ray job is submitted again; its interpreter is a node's own, not the one of whoever submits.
+    """
+    arguments = [sys.argv[0], *_without_force(sys.argv[1:])]
+    if in_temporary_copy():
+        name = Path(sys.executable).name
+        return f"ray job submit --working-dir . -- {shlex.join([name, *arguments])}"
+    return shlex.join([sys.executable, *arguments])
+
+
+def in_temporary_copy() -> bool:
+    """Whether this is a Ray job that runs in a copy of the code, which goes when the job ends."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return bool((job.get("runtime_env") or {}).get("working_dir"))
+
+
+def _without_force(arguments: Sequence[str]) -> list[str]:
+    """The arguments to go on with: what --force forgot is forgotten, and must not be so again."""
+    kept: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--force":
+            next(rest, None)
+        elif not argument.startswith("--force="):
+            kept.append(argument)
+    return kept
 
 
 def serving_settings(base: Serving, overrides: Sequence[str]) -> Serving:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -15,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 from rayva.errors import RayvaError
+from rayva.orchestration.console import command_again, in_temporary_copy
 from rayva.orchestration.pipeline import STEPS, Step, make_plan, run_job, select
 from rayva.orchestration.summary import summary_text
 from rayva.progress import duration
@@ -63,12 +62,8 @@ def main(
     except (KeyboardInterrupt, SystemExit):
         # Ray's own handler of SIGTERM raises SystemExit.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        again = shlex.join([Path(sys.executable).name, *sys.argv[:1], *_without_force(arguments)])
-        print(
-            f"\nStopped. Finished steps are kept; go on with:\n  {_prefix()}{again}",
-            file=sys.stderr,
-            flush=True,
-        )
+        told = f"Stopped. Finished steps are kept; go on with:\n  {command_again()}"
+        print(f"\n{told}", file=sys.stderr, flush=True)
         return INTERRUPTED
     finally:
         _leave_ray()
@@ -146,29 +141,6 @@ def storage_root(given: str | None, recipe: Recipe) -> str:
             "give an absolute path that all nodes share, or a URI such as s3://bucket/run",
         )
     return given
-
-
-def in_temporary_copy() -> bool:
-    """Whether this is a Ray job that runs in a copy of the code, which goes when the job ends."""
-    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
-    return bool((job.get("runtime_env") or {}).get("working_dir"))
-
-
-def _prefix() -> str:
-    """How this process was started, where that is more than the script's name."""
-    return "ray job submit --working-dir . -- " if in_temporary_copy() else ""
-
-
-def _without_force(arguments: Sequence[str]) -> list[str]:
-    """The arguments to go on with: what --force forgot is forgotten, and must not be so again."""
-    kept: list[str] = []
-    rest = iter(arguments)
-    for argument in rest:
-        if argument == "--force":
-            next(rest, None)
-        elif not argument.startswith("--force="):
-            kept.append(argument)
-    return kept
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

@@ -1,7 +1,8 @@
 """The step `evaluate`: held-out questions with the right image, a wrong one, and none; gate and report.
 
 Answers are kept batch by batch, so that an interrupted step asks nothing twice. The batches do not
-depend on the cluster, and neither do the answers.
+depend on the cluster, and neither do the answers. A question that does not fit the model's context is left
+out under all conditions, and counted.
 """
 
 from __future__ import annotations
@@ -42,7 +43,13 @@ def run(ctx: StepContext) -> StepResult:
     questions = read_records(ctx.storage, ctx.inputs["data"].join("questions.parquet"), Question)
     keys = _image_keys(ctx)
     plan = plan_asks(questions, keys, evaluation.max_questions, evaluation.seed)
-    answers = _answer_all(ctx, batches(plan.asks, evaluation.batch_size))
+    answers, too_long = _whole(_answer_all(ctx, batches(plan.asks, evaluation.batch_size)))
+    left_out = plan.left_out | ({"too_long": too_long} if too_long else {})
+    if too_long:
+        say(
+            f"  evaluate: {too_long:,} questions left out: with an answer of evaluation.max_new_tokens "
+            f"({evaluation.max_new_tokens}) they do not fit the model's context."
+        )
     _write_answers(ctx, answers)
     grounding = grounding_figures(answers)
     decision = decide(grounding, evaluation)
@@ -50,7 +57,7 @@ def run(ctx: StepContext) -> StepResult:
         "grounding": grounding,
         "by_kind": accuracies(tally((a for a in answers if a.ask.question.task == GATE_TASK), "kind")),
         "tasks": accuracies(tally(answers, "task")),
-        "left_out": plan.left_out,
+        "left_out": left_out,
         "passed": decision.passed,
         "why": decision.why,
     }
@@ -137,17 +144,41 @@ class _Replica:
         by_image = dict(zip(keys["image_id"].to_pylist(), keys["key"].to_pylist(), strict=True))
         return StoredFeatures(store.read, by_image, outputs["tokens"])
 
-    def answer(self, asks: Sequence[Ask]) -> list[str]:
-        """Greedy answers to a batch."""
-        features = iter(self._features.read([ask.image_id for ask in asks if ask.image_id is not None]))
-        shown = [[next(features)] if ask.image_id is not None else [] for ask in asks]
-        prompts = [ask.messages() for ask in asks]
-        return self._assistant.answer_batch(prompts, shown, self._exam.recipe.evaluation.max_new_tokens)
+    def answer(self, asks: Sequence[Ask]) -> list[str | None]:
+        """Greedy answers to a batch; None to what does not fit the model's context."""
+        fits = [self._fits(ask) for ask in asks]
+        fitting = [ask for ask, fit in zip(asks, fits, strict=True) if fit]
+        features = iter(self._features.read([ask.image_id for ask in fitting if ask.image_id is not None]))
+        shown = [[next(features)] if ask.image_id is not None else [] for ask in fitting]
+        prompts = [ask.messages() for ask in fitting]
+        limit = self._exam.recipe.evaluation.max_new_tokens
+        texts = iter(self._assistant.answer_batch(prompts, shown, limit))
+        return [next(texts) if fit else None for fit in fits]
+
+    def _fits(self, ask: Ask) -> bool:
+        """Whether question and answer fit; a model without a limit of its own gets what it was trained on."""
+        recipe = self._exam.recipe
+        context = self._assistant.model.context or recipe.conversation.max_tokens
+        return self._assistant.prompt_length(ask.messages()) + recipe.evaluation.max_new_tokens <= context
 
 
-def _answer_all(ctx: StepContext, planned: Sequence[Sequence[Ask]]) -> list[Answer]:
+def _whole(answered: Sequence[tuple[Ask, str | None]]) -> tuple[list[Answer], int]:
+    """The answers to questions that fit under every condition, and how many questions do not.
+
+    The image takes positions too: a question may fit without it alone, and would shift the comparison.
+    """
+    too_long = {ask.question.question_id for ask, text in answered if text is None}
+    answers = [
+        Answer(ask, text)
+        for ask, text in answered
+        if text is not None and ask.question.question_id not in too_long
+    ]
+    return answers, len(too_long)
+
+
+def _answer_all(ctx: StepContext, planned: Sequence[Sequence[Ask]]) -> list[tuple[Ask, str | None]]:
     """Answers to all batches; those of an earlier attempt are read, not asked again."""
-    texts: dict[int, list[str]] = {}
+    texts: dict[int, list[str | None]] = {}
     for number, asks in enumerate(planned):
         part = ctx.folder.join(_PARTS, f"{number:06d}.json")
         rows = ctx.storage.read_json(part) if ctx.storage.exists(part) else []
@@ -163,7 +194,7 @@ def _answer_all(ctx: StepContext, planned: Sequence[Sequence[Ask]]) -> list[Answ
             texts[number] = answered
             progress.advance(len(answered))
     return [
-        Answer(ask, text)
+        (ask, text)
         for number, asks in enumerate(planned)
         for ask, text in zip(asks, texts[number], strict=True)
     ]
@@ -173,7 +204,7 @@ def _identity(ask: Ask) -> tuple[str, str, str | None]:
     return ask.question.question_id, ask.condition, ask.image_id
 
 
-def _answered(ctx: StepContext, todo: dict[int, Sequence[Ask]]) -> Iterator[tuple[int, list[str]]]:
+def _answered(ctx: StepContext, todo: dict[int, Sequence[Ask]]) -> Iterator[tuple[int, list[str | None]]]:
     """Answers of each batch as they come, from as many replicas as the cluster has room for.
 
     A replica that has no room yet gets no batch, and the step ends without it.

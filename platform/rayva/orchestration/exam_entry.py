@@ -5,16 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rayva.errors import DataError
 from rayva.evaluation.chat import ChatModel, endpoint
 from rayva.evaluation.judge import Judge
 from rayva.evaluation.tasks.registry import TASKS, make_tasks
-from rayva.orchestration.console import guarded
+from rayva.orchestration.console import command_again, guarded, in_temporary_copy
 from rayva.steps import SUMMARY, read_summary
 from rayva.storage import Storage
 
@@ -41,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 an error to mend, 130 interrupted."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     options = _parser().parse_intermixed_args(arguments)
-    again = shlex.join([Path(sys.executable).name, *sys.argv[:1], *arguments])
-    return guarded(lambda: _run(options), f"Stopped. What is answered is kept; go on with:\n  {again}")
+    told = f"Stopped. What is answered is kept; go on with:\n  {command_again()}"
+    return guarded(lambda: _run(options), told)
 
 
 def is_meant(arguments: Sequence[str]) -> bool:
@@ -171,8 +169,6 @@ def _run(options: argparse.Namespace) -> int:
 
 def _out(given: str) -> Storage:
     """Where the evaluation lies; a job's own copy of the code is no place for it."""
-    from rayva.orchestration.entry import in_temporary_copy
-
     if "://" not in given and not os.path.isabs(os.path.expanduser(given)) and in_temporary_copy():
         raise DataError(
             f"--out {given} is relative, and this job runs in a copy of the code that goes when it ends",

@@ -155,7 +155,9 @@ def _write_gallery(
 def _commands(ctx: StepContext) -> list[tuple[str, str]]:
     root = shlex.quote(ctx.storage.root)
     model = shlex.quote(ctx.storage.uri(ctx.inputs["finetune"].join("model")))
-    again = f"python pipelines/full.py --recipe {ctx.recipe.name} --storage {root}"
+    # The run's own settings: overrides, and a file that may be gone.
+    config = shlex.quote(ctx.storage.uri("recipe.json"))
+    again = f"python pipelines/full.py --config {config} --storage {root}"
     tracking = ctx.tracker.info()["tracking_uri"]
     server = str(tracking).startswith(("http://", "https://"))
     return [

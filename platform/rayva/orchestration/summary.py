@@ -21,8 +21,9 @@ _COUNTED = {
     "features": ("quarantined",),
     "pretrain": ("samples", "distinct_samples", "left_out", "changed"),
     "finetune": ("samples", "distinct_samples", "left_out", "changed"),
+    "evaluate": ("left_out",),
 }
-"""Outputs by step that count rows and samples."""
+"""Outputs by step that count rows, samples and questions."""
 
 
 def build_summary(
@@ -41,6 +42,7 @@ def build_summary(
     by dataset under each stage. `samples` tells of rows that were not used, or not as they are: under `data`
     and `features` what is quarantined, under each stage what is left out before it starts and what is changed
     on the way (truncated, dropped), all by reason; a sample that is changed in each epoch counts each time.
+    Under `evaluate` it is the held-out questions that were not asked.
     """
     done = {name: (folder, manifest) for name, (folder, manifest) in steps.items() if manifest}
     outputs = {name: manifest["outputs"] for name, (_, manifest) in done.items() if manifest}

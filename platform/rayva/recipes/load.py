@@ -98,7 +98,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """The settings in a YAML file (local path or fsspec URI); `recipe.yaml` of a run will do, too."""
+    """The settings in a YAML or JSON file (local path or fsspec URI), such as the `recipe.json` of a run."""
     try:
         with fsspec.open(path, "r", encoding="utf-8") as file:
             text = file.read()
@@ -110,9 +110,12 @@ def read_config(path: str) -> dict[str, Any]:
             raise RecipeError(what) from error
         raise
     try:
-        settings = yaml.load(text, Loader=_Yaml12Loader)  # a SafeLoader: builds plain data only
-    except yaml.YAMLError as error:
-        raise RecipeError(f"The configuration file {path} is not valid YAML: {error}") from error
+        # As YAML, JSON's two escapes for one character beyond U+FFFF would stay two halves.
+        # The loader is a SafeLoader: it builds plain data only.
+        settings = json.loads(text) if path.endswith(".json") else yaml.load(text, Loader=_Yaml12Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        kind = "JSON" if path.endswith(".json") else "YAML"
+        raise RecipeError(f"The configuration file {path} is not valid {kind}: {error}") from error
     if settings is None:
         return {}
     if not isinstance(settings, dict):
@@ -155,6 +158,12 @@ def require_runnable(recipe: Recipe) -> None:
         "captions": ("captions",),
     }[data.source]
     _check_mix(data)
+    if not recipe.scaling.cpus_per_worker and not recipe.scaling.gpus_per_worker:
+        raise RecipeError(
+            "A training worker would take neither CPUs nor GPUs: scaling.cpus_per_worker and "
+            "scaling.gpus_per_worker are 0.",
+            "set one of them, for example scaling.cpus_per_worker=1",
+        )
     mixed = [f"{stage}_json" for stage in STAGES if getattr(data, f"{stage}_mix")]
     missing = [f"data.{field}" for field in needed if field not in mixed and not getattr(data, field)]
     if missing:

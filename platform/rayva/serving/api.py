@@ -112,10 +112,18 @@ async def _read_body(request: Request, limit: int) -> bytes:
 
 
 def _parse_json(body: bytes) -> object:
+    """The body's content.
+
+    Half of a surrogate pair, which JSON can write and no text can hold, is refused.
+    """
     try:
-        return json.loads(body)
+        payload = json.loads(body)
+        json.dumps(payload, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise bad_request("the body holds half of a surrogate pair (\\ud800 to \\udfff)") from None
     except (ValueError, RecursionError) as error:
         raise bad_request(f"the body is not valid JSON: {error}") from None
+    return payload
 
 
 async def _respond(pieces: AsyncIterator[Piece], chat: Chat, model: str) -> Response:

@@ -61,7 +61,7 @@ class BuiltinEngine:
 
     def __init__(self, assistant: Assistant) -> None:
         self._assistant = assistant
-        self._context: int | None = getattr(assistant.model.language.config, "max_position_embeddings", None)
+        self._context = assistant.model.context
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generate")
 
     async def generate(
@@ -108,24 +108,20 @@ class BuiltinEngine:
         prompt_tokens = self._assistant.prompt_length(messages)
         limit = self._room(prompt_tokens, sampling.max_new_tokens)
         features = self._assistant.encode_images(images)
-        stops, answer = StopFilter(sampling.stop), ""
+        stops = StopFilter(sampling.stop)
         stream = self._assistant.stream(
             messages, features, limit, sampling.temperature, sampling.top_p, sampling.seed
         )
-        for text in stream:
+        for written in stream:
             if cancelled.is_set():
                 return
-            answer += text
-            if safe := stops.push(text):
-                yield Piece(safe)
-            if stops.stopped:
-                break
-        rest = stops.flush()
-        # Counted on the text, which is exact where the model writes as its tokenizer splits.
-        written = len(self._assistant.tokenizer.encode(answer, add_special_tokens=False))
-        completion_tokens = min(written, limit)
-        full = completion_tokens == limit and not stops.stopped
-        yield Piece(rest, "length" if full else "stop", prompt_tokens, completion_tokens)
+            shown = stops.push(written.text)
+            finish = "stop" if stops.stopped else written.finish
+            if finish is not None:
+                yield Piece(shown + stops.flush(), finish, prompt_tokens, written.tokens)
+                return
+            if shown:
+                yield Piece(shown)
 
     def _room(self, prompt_tokens: int, wanted: int) -> int:
         """Tokens that may be generated: as many as wanted, or as many as the context still holds."""

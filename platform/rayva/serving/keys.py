@@ -7,12 +7,24 @@ import hmac
 import os
 from collections.abc import Mapping
 
+from rayva.errors import ServingError
+
 ENVIRONMENT = "RAYVA_API_KEYS"
 
 
 def key_digests(environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """SHA-256 of each key in RAYVA_API_KEYS (separated by commas); empty where none is set."""
-    keys = (key.strip() for key in environment.get(ENVIRONMENT, "").split(","))
+    """SHA-256 of each key in RAYVA_API_KEYS (separated by commas); empty where none is set.
+
+    Raises:
+        ServingError: a key that no client could send in a header.
+    """
+    keys = [key.strip() for key in environment.get(ENVIRONMENT, "").split(",")]
+    for number, key in enumerate(keys, 1):
+        if not (key.isascii() and key.isprintable()):
+            raise ServingError(
+                f"Key {number} of {ENVIRONMENT} holds a character that HTTP headers do not carry",
+                "make keys of the letters, digits and signs of ASCII",
+            )
     return tuple(_digest(key) for key in keys if key)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rayva.recipes.schema import Serving
 from rayva.serving.errors import bad_request
@@ -33,6 +33,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
 }
 """Fields that are accepted at the one value at which they change nothing."""
+_FIELDS_OF_ANSWERS = {"refusal", "annotations", "audio", "function_call", "tool_calls"}
+"""Fields of an answer's message, which clients send back as it is in the next turn."""
 
 
 class _Part(BaseModel):
@@ -69,6 +71,17 @@ class ChatMessage(_Part):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
     name: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty_fields_of_answers(cls, message: Any) -> Any:
+        if not isinstance(message, Mapping) or message.get("role") != "assistant":
+            return message
+        return {
+            name: value
+            for name, value in message.items()
+            if name not in _FIELDS_OF_ANSWERS or value not in (None, "", [], {})
+        }
 
 
 class StreamOptions(_Part):
@@ -151,16 +164,29 @@ def _without_neutral(payload: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _explain(error: ValidationError) -> Exception:
-    first = error.errors(include_url=False, include_input=False)[0]
-    place = ".".join(str(part) for part in first["loc"] if not _is_union_label(part))
-    if first["type"] == "extra_forbidden":
+    """The first fault. Of a value that fits none of its forms, the one that lies deepest is told."""
+    faults = error.errors(include_url=False, include_input=False)
+    places = [_place(fault["loc"]) for fault in faults]
+    below = [number for number, place in enumerate(places) if place[: len(places[0])] == places[0]]
+    deepest = max(below, key=lambda number: len(places[number]))
+    kind, place = faults[deepest]["type"], ".".join(map(str, places[deepest]))
+    if kind == "extra_forbidden":
+        if places[deepest][-1] in _FIELDS_OF_ANSWERS:
+            what = f"'{place}' is not supported by this endpoint"
+            return bad_request(what, place, "unsupported_parameter")
         return bad_request(f"unknown field '{place}'", place, "unknown_parameter")
-    return bad_request(f"'{place}': {first['msg']}", place, "invalid_value")
+    # Pydantic's own words for this one name a Python class.
+    what = "Input should be an object" if kind == "model_type" else faults[deepest]["msg"]
+    return bad_request(f"'{place}': {what}", place, "invalid_value")
 
 
-def _is_union_label(part: object) -> bool:
-    """Pydantic puts the name of the tried alternative into the location; a client never wrote it."""
-    return part in ("str", "text", "image_url") or (isinstance(part, str) and "[" in part)
+def _place(loc: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Where the client wrote it. Pydantic puts the form that it tried behind the name of each union."""
+    if loc[0] == "stop":
+        return (*loc[:1], *loc[2:])
+    if loc[0] == "messages" and loc[2:3] == ("content",):  # the form of the content, and of its part
+        return (*loc[:3], *loc[4:5], *loc[6:])
+    return loc
 
 
 def _messages(messages: list[ChatMessage], limits: Serving) -> tuple[tuple[Message, ...], tuple[str, ...]]:
