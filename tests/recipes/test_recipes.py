@@ -12,6 +12,8 @@ from rayva.recipes import from_dict, require_runnable, resolve, to_dict
 from rayva.recipes.named import NAMED
 from rayva.recipes.schema import Dataset
 
+LLAVA = ("data.source=llava", "data.pretrain_json=a.json", "data.finetune_json=b.json")
+
 
 def fault(*overrides: str, name: str = "tiny", config: str | None = None) -> str:
     with pytest.raises(RecipeError) as caught:
@@ -359,6 +361,41 @@ def test_a_secret_in_the_tracking_address_is_refused_and_not_repeated(uri: str) 
     with pytest.raises(RecipeError, match="MLFLOW_TRACKING_TOKEN") as caught:
         require_runnable(recipe)
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "data.pretrain_json=http://bob:hunter2@127.0.0.1:9300/train.json",
+        "data.finetune_images=https://host/pictures?token=hunter2",
+        "data.captions=simplecache::https://hunter2@host/pictures",
+        "data.pretrain_mix=[{path: a.json}, {path: 'https://host/b.json?X-Amz-Signature=hunter2'}]",
+        "language.path=https://me:hunter2@host/model",
+        "generation.input=s3://key:hunter2@bucket/rows.jsonl",
+    ],
+)
+def test_a_secret_in_any_address_is_refused_and_not_repeated(setting: str) -> None:
+    alone = ["data.pretrain_json=null"] if "_mix" in setting else []
+    with pytest.raises(RecipeError, match="in the environment") as caught:
+        require_runnable(resolve("tiny", overrides=[*LLAVA, *alone, setting]))
+    key = setting.partition("=")[0].replace("_mix", "_mix.1.path")
+    assert str(caught.value).startswith(key)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "/data/a?token=b.json", "abfs://container@account.dfs.core.windows.net/a.json", "hdfs://me@host/a.json",
+        "github://organisation:repository@main/a.json", "zip://a.json::s3://bucket/a.zip",
+    ],
+)  # fmt: skip
+def test_addresses_without_secrets(uri: str) -> None:
+    require_runnable(resolve("tiny", overrides=["data.source=captions", f"data.captions={uri}"]))
+
+
+def test_a_system_message_is_no_address() -> None:
+    require_runnable(resolve("tiny", overrides=["conversation.system='See http://host/?token=x'"]))
 
 
 @pytest.mark.parametrize(

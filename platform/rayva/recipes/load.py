@@ -165,14 +165,42 @@ def require_runnable(recipe: Recipe) -> None:
         )
     for stage in STAGES:
         _check_stage(stage, getattr(recipe, stage))
-    if recipe.tracking.uri and holds_secret(recipe.tracking.uri):
-        # The recipe is logged and stored with every run.
-        raise RecipeError(
-            f"tracking.uri {redact(recipe.tracking.uri)!r} holds a secret (***), which would be kept with "
-            "every run.",
-            "leave it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
-            "MLFLOW_TRACKING_TOKEN, in the environment; for a database, its driver's own, such as PGPASSWORD",
-        )
+    refuse_secrets(recipe)
+
+
+def refuse_secrets(recipe: Recipe) -> None:
+    """Refuses passwords and tokens in the URIs of any setting: the recipe is stored and logged with its run.
+
+    Raises:
+        RecipeError: names the setting, and where the secret belongs; the secret itself is masked.
+    """
+    for key, value in _texts(to_dict(recipe)):
+        if "://" in value and key != "conversation.system" and holds_secret(value):
+            raise RecipeError(
+                f"{key} {redact(value)!r} holds a secret (***), which would be kept with every run.",
+                _TRACKING_LOGIN if key == "tracking.uri" else _INPUT_LOGIN,
+            )
+
+
+_TRACKING_LOGIN = (
+    "leave it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+    "MLFLOW_TRACKING_TOKEN, in the environment; for a database, its driver's own, such as PGPASSWORD"
+)
+_INPUT_LOGIN = (
+    "leave it out: credentials belong in the environment of every node (AWS_ACCESS_KEY_ID and "
+    "AWS_SECRET_ACCESS_KEY, for example) or in fsspec's configuration (~/.config/fsspec/conf.json); or fetch "
+    "the file first"
+)
+
+
+def _texts(settings: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text among JSON data with its full key; places in a list are numbers."""
+    if isinstance(settings, str):
+        yield key, settings
+    elif isinstance(settings, Mapping | list):
+        inside = settings.items() if isinstance(settings, Mapping) else enumerate(settings)
+        for name, value in inside:
+            yield from _texts(value, f"{key}.{name}" if key else str(name))
 
 
 def _check_mix(data: Data) -> None:

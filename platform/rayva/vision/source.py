@@ -11,6 +11,7 @@ import fsspec
 from rayva import remote
 from rayva.data.locations import is_local
 from rayva.errors import DataError
+from rayva.redaction import redact
 from rayva.vision.decode import DEFAULT_MAX_BYTES, BadImage
 
 _MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
@@ -33,16 +34,16 @@ def read_image_bytes(uri: str, max_bytes: int = DEFAULT_MAX_BYTES) -> bytes:
         with _open(uri) as file:
             data = bytes(file.read(max_bytes + 1))
     except _MISSING as error:
-        raise BadImage("missing", f"there is no file {uri}") from error
+        raise BadImage("missing", f"there is no file {redact(uri)}") from error
     except Exception as error:
         if _is_about_the_image(error):
-            raise BadImage("unreadable", f"{uri} cannot be opened: {remote.reason(error)}") from error
+            raise _unreadable(uri, error) from error
         if remote.is_failure(error):
-            why = f"The image {uri} cannot be read: {remote.reason(error)}"
+            why = redact(f"The image {uri} cannot be read: {remote.reason(error)}")
             raise DataError(why, "check the disk" if is_local(uri) else remote.remedy(error)) from error
         raise
     if len(data) > max_bytes:
-        raise BadImage("too_many_bytes", f"{uri} is over the limit of {max_bytes:,} bytes")
+        raise BadImage("too_many_bytes", f"{redact(uri)} is over the limit of {max_bytes:,} bytes")
     return data
 
 
@@ -53,7 +54,11 @@ def _open(uri: str) -> IO[bytes]:
         system, path = fsspec.core.url_to_fs(uri)
         return cast(IO[bytes], system.open(path, "rb"))
     except _NO_URI as error:
-        raise BadImage("unreadable", f"{uri} cannot be opened: {remote.reason(error)}") from error
+        raise _unreadable(uri, error) from error
+
+
+def _unreadable(uri: str, error: Exception) -> BadImage:
+    return BadImage("unreadable", redact(f"{uri} cannot be opened: {remote.reason(error)}"))
 
 
 def _is_about_the_image(error: Exception) -> bool:
