@@ -116,6 +116,53 @@ def test_csv_with_one_caption_a_row(tmp_path):
     assert [(r.row_id, r.reason) for r in bundle.rejected] == [("row-2", "no_caption")]
 
 
+def csv_tables(folder, text):
+    put_images(folder, ["a.png", "b.png", "c.png"])
+    (folder / "captions.csv").write_text(text)
+    bundle = tables_of(folder, test_fraction=0.0)
+    captions = {image.image_id: image.captions for image in bundle.images}
+    return captions, [(row.row_id, row.reason, row.detail) for row in bundle.rejected]
+
+
+def test_a_csv_row_with_an_unquoted_comma_is_refused(tmp_path):
+    text = 'image,caption\na.png,A dog, a cat and a bird\nb.png,A cow\nc.png, "A pig, a hen"\n'
+    captions, refused = csv_tables(tmp_path, text)
+    assert captions == {"b.png": ("A cow",)}
+    assert [row[:2] for row in refused] == [("row-0", "too_many_fields"), ("row-2", "too_many_fields")]
+    assert refused[0][2].startswith("line 2: 3 fields for 2 columns")
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        'a.png,"A dog\nb.png,A cow"\n',  # one text for Python
+        'a.png,"A dog\nb.png,"A cow"\n',  # ',' expected after '"'
+        'a.png,"A "big" dog"\nb.png,"A cow" \n',  # each on a line of its own
+        '"a.png,A dog\nb.png,A cow"\n',
+    ],
+)
+def test_every_csv_line_that_a_quote_spoils_is_told_and_the_next_is_read(spoilt, tmp_path):
+    captions, refused = csv_tables(tmp_path, f"image,caption\n{spoilt}\nc.png,A pig\n")
+    assert captions == {"c.png": ("A pig",)}
+    assert [row[:2] for row in refused] == [("row-0", "not_csv"), ("row-1", "not_csv")]
+    assert "quote" in refused[0][2]
+
+
+def test_a_csv_text_may_hold_line_breaks_commas_and_quotes(tmp_path):
+    text = 'image,caption\na.png,"A dog\non a ""beach"", in the sun.\n\nIt runs."\nb.png,A 6" rule\n'
+    captions, refused = csv_tables(tmp_path, text)
+    assert captions == {
+        "a.png": ('A dog\non a "beach", in the sun.\n\nIt runs.',),
+        "b.png": ('A 6" rule',),
+    }
+    assert refused == []
+
+
+def test_a_csv_file_that_ends_within_quotes_is_refused(tmp_path):
+    with pytest.raises(DataError, match="a quote that opens in line 3 is never closed"):
+        csv_tables(tmp_path, 'image,caption\na.png,A dog\nb.png,"A cow\nc.png,A pig\n')
+
+
 def one_caption_a_row(folder, form):
     """A row for each caption, with an id of its own, the second captions of all pictures after the first."""
     names = [name for _ in range(2) for name in CAPTIONS]
