@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 from rayva.errors import RayvaError
 from rayva.redaction import redact
+from rayva.steps import RECIPE
 from rayva.storage import Storage
 
 _SERVERS = ("http", "https")
@@ -37,6 +38,16 @@ def tracking_uri(given: str | None, storage: Storage) -> str:
             )
         return f"sqlite:///{storage.path('mlflow.db')}"
     return check_uri(given)
+
+
+def own_store(storage: Storage) -> str | None:
+    """A run's own SQLite store, where the run is now; None where its recipe names another store."""
+    if not storage.is_local or not storage.exists(RECIPE):
+        return None
+    recipe = storage.read_json(RECIPE)
+    tracking = recipe.get("tracking") if isinstance(recipe, dict) else None
+    own = isinstance(tracking, dict) and tracking.get("uri") is None
+    return tracking_uri(None, storage) if own else None
 
 
 def check_uri(given: str) -> str:
