@@ -163,6 +163,16 @@ def test_a_csv_file_that_ends_within_quotes_is_refused(tmp_path):
         csv_tables(tmp_path, 'image,caption\na.png,A dog\nb.png,"A cow\nc.png,A pig\n')
 
 
+def test_why_no_row_is_usable_is_told(tmp_path):
+    (tmp_path / "captions.csv").write_text("image,caption\na.png,A dog, a cat\ngone.png,A cow\nb.png,A, b\n")
+    told = r"\(quarantined: 2 too_many_fields, 1 missing_image; the first, row-0: line 2: 3 fields"
+    with pytest.raises(DataError, match=told):
+        tables_of(tmp_path)
+    (tmp_path / "captions.csv").write_text("image,caption\n")
+    with pytest.raises(DataError, match="holds no image with a caption\n"):
+        tables_of(tmp_path)
+
+
 def one_caption_a_row(folder, form):
     """A row for each caption, with an id of its own, the second captions of all pictures after the first."""
     names = [name for _ in range(2) for name in CAPTIONS]

@@ -100,7 +100,7 @@ def reading(uri: str, setting: str) -> Iterator[None]:
         yield
     except Exception as error:
         if isinstance(error, OSError) or remote.is_failure(error):
-            raise _unreadable(uri, setting, error) from error
+            raise _unreadable(uri, setting, remote.behind(error)) from error
         raise
 
 
