@@ -255,17 +255,23 @@ def select(plan: Sequence[Planned], until: str | None = None, only: str | None =
 
 def forget(plan: Sequence[Planned], names: Iterable[str]) -> list[str]:
     """Removes these steps' folders and those of all steps that depend on them; says which."""
-    gone = set(names)
-    known = [planned.step.name for planned in plan]
-    for name in gone - set(known):
-        raise RayvaError(f"There is no step {name!r}.", f"choose one of {', '.join(known)}")
-    for planned in plan:
-        if gone.intersection(planned.step.needs):
-            gone.add(planned.step.name)
+    gone = with_dependents(plan, names)
     for planned in plan:
         if planned.step.name in gone:
             planned.folder.forget()
-    return [name for name in known if name in gone]
+    return gone
+
+
+def with_dependents(plan: Sequence[Planned], names: Iterable[str]) -> list[str]:
+    """These steps and all that depend on them, in the plan's order."""
+    found = set(names)
+    known = [planned.step.name for planned in plan]
+    for name in found - set(known):
+        raise RayvaError(f"There is no step {name!r}.", f"choose one of {', '.join(known)}")
+    for planned in plan:
+        if found.intersection(planned.step.needs):
+            found.add(planned.step.name)
+    return [name for name in known if name in found]
 
 
 def _default_tracker(recipe: Recipe, storage: Storage) -> JobTracker:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 import types
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Union, get_args, get_origin
 
 import fsspec
@@ -16,43 +15,11 @@ from pydantic.fields import FieldInfo
 
 from rayva import remote
 from rayva.errors import RecipeError
+from rayva.recipes import yaml12
 from rayva.recipes.schema import STAGES, Data, Dataset, Recipe, Stage
 from rayva.redaction import holds_secret, redact
 
-
-class _Yaml12Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: 2e-5 is a number, `no` and 2024-01-01 are text; a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key_node.value!r} is given twice", key_node.start_mark
-                )
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-_Yaml12Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", "~nN\0"),
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?[0-9][0-9_]*", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9][0-9_]*\.?[0-9]*)([eE][-+]?[0-9]+)?", "-+.0123456789"),
-):
-    _firsts = [*_first.replace("\0", "")] + ([""] if "\0" in _first else [])
-    _Yaml12Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _firsts
-    )
-
-
-def _decimal(loader: _Yaml12Loader, node: yaml.ScalarNode) -> int:
-    """YAML 1.1 would read 010 as 8."""
-    return int(loader.construct_scalar(node).replace("_", ""))
-
-
-_Yaml12Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
+_NULLS = ("", "~", "null", "Null", "NULL")
 
 
 def resolve(name: str, config_file: str | None = None, overrides: Iterable[str] = ()) -> Recipe:
@@ -110,7 +77,7 @@ def read_config(path: str) -> dict[str, Any]:
             raise RecipeError(what) from error
         raise
     try:
-        settings = yaml.load(text, Loader=_Yaml12Loader)  # a SafeLoader: builds plain data only
+        settings = yaml12.load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"The configuration file {path} is not valid YAML: {error}") from error
     if settings is None:
@@ -130,15 +97,26 @@ def parse_override(text: str) -> dict[str, Any]:
     fields = _fields()
     if key not in fields:
         raise _unknown(key)
-    try:
-        value = yaml.load(raw, Loader=_Yaml12Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"The value of {key} is not valid YAML: {raw!r}.", "put it in quotes") from error
-    if isinstance(value, (bool, int, float)) and _takes_text(fields[key]):
-        value = raw.strip()  # a revision such as 1234567 is text
+    value = _value(key, raw, _takes_text(fields[key]))
     for part in reversed(key.split(".")):
         value = {part: value}
     return value  # type: ignore[no-any-return]
+
+
+def _value(key: str, raw: str, is_text: bool) -> Any:
+    """What an override sets: YAML. Text is taken as it stands, " #" and ": " included, but null is nothing,
+    and what is in quotes loses them."""
+    raw = raw.strip()
+    if is_text and raw not in _NULLS and not raw.startswith(("'", '"', "[", "{")):
+        return raw
+    try:
+        return yaml12.load(raw)
+    except yaml.YAMLError as error:
+        if is_text and raw.startswith(("[", "{")):
+            return raw  # text that begins with a bracket; a whole list is told as the wrong type
+        why = str(error).partition("\n")[0]
+        what = f"The value of {key} is not valid YAML: {redact(raw[:200])!r} ({why})."
+        raise RecipeError(what, "put it in quotes") from error
 
 
 def require_runnable(recipe: Recipe) -> None:
@@ -271,7 +249,7 @@ def _refuse_unknown(settings: Mapping[str, Any]) -> None:
     for key in _keys(settings):
         section, _, _ = key.rpartition(".")
         # Below a plain value that was wrongly given a mapping, the type error says more.
-        if key not in fields and (not section or _section(fields[section]) is not None):
+        if key not in fields and (not section or (section in fields and _section(fields[section]))):
             raise _unknown(key)
 
 
