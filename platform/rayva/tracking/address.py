@@ -28,13 +28,20 @@ def tracking_uri(given: str | None, storage: Storage) -> str:
     """The store's URI: the given one, else a SQLite file under the storage root.
 
     Raises:
-        TrackingError: no URI for a storage that cannot hold SQLite, or a URI that MLflow cannot use.
+        TrackingError: no URI for a storage that cannot hold SQLite (not a local disk, or ? or # in its path),
+            or a URI that MLflow cannot use.
     """
     if given is None:
         if not storage.is_local:
             raise TrackingError(
                 f"MLflow's own store needs a local disk, but the storage is {redact(storage.root)}.",
                 "set tracking.uri to a tracking server, for example tracking.uri=http://host:5000",
+            )
+        if any(sign in storage.root for sign in "?#"):
+            # Taken for the end of the path: the file would lie elsewhere. SQLAlchemy knows no quoting.
+            raise TrackingError(
+                f"MLflow's own store cannot lie in {storage.root}: its path has ? or # in it.",
+                "choose another --storage, or set tracking.uri to a tracking server",
             )
         return f"sqlite:///{storage.path('mlflow.db')}"
     return check_uri(given)
