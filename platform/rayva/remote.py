@@ -76,10 +76,16 @@ def failures_as(make: Callable[[Exception], Exception]) -> Iterator[None]:
 
 class RemoteFile(io.BufferedIOBase):
     """An open file of a remote file system. It is read and written long after it was opened, and every
-    failure on the way is what `make` makes of it."""
+    failure on the way is what `make` makes of it.
 
-    def __init__(self, file: IO[bytes], make: Callable[[Exception], Exception]) -> None:
-        self._file, self._make = file, make
+    Args:
+        system: kept as long as the file: an archive is closed when nobody has its file system any more.
+    """
+
+    def __init__(
+        self, file: IO[bytes], make: Callable[[Exception], Exception], system: object = None
+    ) -> None:
+        self._file, self._make, self._system = file, make, system
 
     def _do(self, call: Callable[..., T], *arguments: Any) -> T:
         with failures_as(self._make):

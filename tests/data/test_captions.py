@@ -2,6 +2,7 @@
 
 import csv
 import json
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -14,10 +15,13 @@ from hypothesis import strategies as st
 
 from rayva.data.caption_rows import parse_row
 from rayva.data.captions import build
+from rayva.data.locations import join, parent
 from rayva.data.quarantine import BadRow, count_reasons
 from rayva.data.schema import IMAGE_PLACEHOLDER
 from rayva.errors import DataError, RecipeError
-from rayva.recipes.schema import Data
+from rayva.orchestration.data import fingerprint
+from rayva.recipes.schema import Data, Recipe
+from rayva.vision.source import read_image_bytes
 
 BRIEF = ("Describe it briefly.",)
 DETAILED = ("Describe it fully.",)
@@ -161,6 +165,42 @@ def test_a_csv_text_may_hold_line_breaks_commas_and_quotes(tmp_path):
 def test_a_csv_file_that_ends_within_quotes_is_refused(tmp_path):
     with pytest.raises(DataError, match="a quote that opens in line 3 is never closed"):
         csv_tables(tmp_path, 'image,caption\na.png,A dog\nb.png,"A cow\nc.png,A pig\n')
+
+
+@pytest.mark.parametrize("inside", ["p/", ""])
+@pytest.mark.parametrize("form", ["txt", "csv", "csv itself"])
+def test_an_archive_is_read_through_a_chain(form, inside, tmp_path):
+    archive = tmp_path / "z.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for name, caption in (("a.jpg", "A dog"), ("b.jpg", "A cow")):
+            file.writestr(f"{inside}{name}", name)
+            if form == "txt":
+                file.writestr(f"{inside}{name[0]}.txt", caption)
+        if form != "txt":
+            file.writestr(f"{inside}captions.csv", "image,caption\na.jpg,A dog\nb.jpg,A cow\n")
+    file_in_it = "captions.csv" if form == "csv itself" else ""
+    uri = f"zip://{inside}{file_in_it}::file://{archive}"
+    images = list(tables_of(uri, test_fraction=0.0).images)
+    assert [image.captions for image in images] == [("A dog",), ("A cow",)]
+    assert [read_image_bytes(image.uri) for image in images] == [b"a.jpg", b"b.jpg"]
+    assert fingerprint(Recipe(name="r", data=Data(source="captions", captions=uri)))
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "joined"),
+    [
+        ("/data", "a.png", "/data/a.png"),
+        ("/", "a.png", "/a.png"),
+        ("/x::y", "a.png", "/x::y/a.png"),
+        ("s3://b/p/c", "a.png", "s3://b/p/c/a.png"),
+        ("memory://", "a.png", "memory://a.png"),
+        ("zip://p::file:///z.zip", "a.png", "zip://p/a.png::file:///z.zip"),
+        ("zip://::s3://b/z.zip", "a.png", "zip://a.png::s3://b/z.zip"),
+    ],
+)
+def test_names_are_joined_to_folders_and_parted_again(folder, name, joined):
+    assert join(folder, name) == joined
+    assert parent(joined) == folder
 
 
 def test_why_no_row_is_usable_is_told(tmp_path):

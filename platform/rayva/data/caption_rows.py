@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayva.data.json_rows import read_json_rows
-from rayva.data.locations import absolute, is_folder, join, list_folder, open_input, parent
+from rayva.data.locations import absolute, is_folder, join, list_folder, open_input, parent, split_chain
 from rayva.data.quarantine import BadRow, checked_text
 from rayva.errors import DataError
 
@@ -119,11 +119,12 @@ def _parse_captions(value: object) -> tuple[str, ...]:
 
 
 def _read_file(uri: str) -> Iterator[Value]:
-    if uri.endswith(".parquet"):
+    name, _ = split_chain(uri)
+    if name.endswith(".parquet"):
         return _read_tables([uri])
-    if uri.endswith(".csv"):
+    if name.endswith(".csv"):
         return _read_csv(uri)
-    if uri.removesuffix(".gz").endswith((".jsonl", ".ndjson", ".json")):
+    if name.removesuffix(".gz").endswith((".jsonl", ".ndjson", ".json")):
         return _read_json(uri)
     raise DataError(
         f"{SETTING} = {uri} is neither an existing folder nor a .parquet, .jsonl, .json or .csv file",

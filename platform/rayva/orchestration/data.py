@@ -10,7 +10,17 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from rayva.data.bundle import DatasetBundle
-from rayva.data.locations import absolute, file_system, is_folder, is_there, join, open_input, parent, reading
+from rayva.data.locations import (
+    absolute,
+    file_system,
+    is_folder,
+    is_there,
+    join,
+    open_input,
+    parent,
+    reading,
+    split_chain,
+)
 from rayva.data.quarantine import count_reasons
 from rayva.data.schema import ImageRecord, Question, Rejected, Sample
 from rayva.data.tables import Record, write_records
@@ -137,7 +147,7 @@ def fingerprint(recipe: Recipe) -> dict[str, str]:
 
 
 def _reads_csv(uri: str, setting: str) -> bool:
-    return uri.endswith(".csv") or is_there(join(uri, "captions.csv"), setting)
+    return split_chain(uri)[0].endswith(".csv") or is_there(join(uri, "captions.csv"), setting)
 
 
 def _digest(uri: str, setting: str) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
-from typing import IO, cast
+from collections.abc import Iterator
+from typing import IO
 
 import fsspec
 
@@ -59,14 +61,19 @@ def _told(uri: str, error: Exception) -> Exception | None:
     return None
 
 
-def _open(uri: str) -> IO[bytes]:
+@contextlib.contextmanager
+def _open(uri: str) -> Iterator[IO[bytes]]:
     try:
         if is_local(uri):  # "::" is part of the name there
-            return _open_regular(os.path.expanduser(uri.removeprefix("file://")))
-        system, path = fsspec.core.url_to_fs(uri)
-        return cast(IO[bytes], system.open(path, "rb"))
+            file = _open_regular(os.path.expanduser(uri.removeprefix("file://")))
+        else:
+            # Kept until the file is read: an archive is closed when nobody has its file system any more.
+            system, path = fsspec.core.url_to_fs(uri)
+            file = system.open(path, "rb")
     except _NO_URI as error:
         raise _unreadable(uri, error) from error
+    with file:
+        yield file
 
 
 def _open_regular(path: str) -> IO[bytes]:
