@@ -22,9 +22,15 @@ def redact(text: str) -> str:
 def holds_secret(uri: str) -> bool:
     """Whether `uri` has a part that must not be kept. A database's URI may name its user.
 
-    A server's may not: a token can stand in the user's place.
+    A server's may not: a token can stand in the user's place. Of fsspec's chains (`zip://x::http://...`),
+    each link is looked at by itself.
     """
+    return any(_link_holds_secret(link) for link in uri.split("::"))
+
+
+def _link_holds_secret(uri: str) -> bool:
     parts = urlsplit(uri)
-    if parts.scheme not in ("http", "https") and parts.password is None:
+    # github://ORGANISATION:REPOSITORY@COMMIT/... only looks like a password.
+    if parts.scheme == "github" or (parts.scheme not in ("http", "https") and parts.password is None):
         uri = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
     return redact(uri) != uri

@@ -18,6 +18,7 @@ _CLIENTS = {
     "paramiko", "urllib3",
 }  # fmt: skip
 _ABOUT_A_FILE = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+_GONE = {404, 410}
 _NO_ENDPOINT = "Invalid endpoint"
 """How botocore's `ValueError` about an AWS_ENDPOINT_URL that is no URL begins."""
 _RIGHTS = ("Auth", "Credential", "Profile", "Token")
@@ -31,6 +32,18 @@ def is_failure(error: Exception) -> bool:
     if type(error) is ValueError and str(error).startswith(_NO_ENDPOINT):
         return True
     return any(kind.__module__.partition(".")[0] in _CLIENTS for kind in type(error).__mro__)
+
+
+def behind(error: Exception) -> Exception:
+    """`error` itself, or the failure that a file system has told as "no such file".
+
+    fsspec's http does so with whatever keeps it from a file. Only 404 and 410 mean that there is none.
+    """
+    cause = error.__cause__
+    if not isinstance(error, FileNotFoundError) or not isinstance(cause, Exception):
+        return error
+    http = isinstance(cause, TimeoutError) or type(cause).__module__.partition(".")[0] == "aiohttp"
+    return cause if http and getattr(cause, "status", None) not in _GONE else error
 
 
 def reason(error: Exception) -> str:
@@ -63,10 +76,16 @@ def failures_as(make: Callable[[Exception], Exception]) -> Iterator[None]:
 
 class RemoteFile(io.BufferedIOBase):
     """An open file of a remote file system. It is read and written long after it was opened, and every
-    failure on the way is what `make` makes of it."""
+    failure on the way is what `make` makes of it.
 
-    def __init__(self, file: IO[bytes], make: Callable[[Exception], Exception]) -> None:
-        self._file, self._make = file, make
+    Args:
+        system: kept as long as the file: an archive is closed when nobody has its file system any more.
+    """
+
+    def __init__(
+        self, file: IO[bytes], make: Callable[[Exception], Exception], system: object = None
+    ) -> None:
+        self._file, self._make, self._system = file, make, system
 
     def _do(self, call: Callable[..., T], *arguments: Any) -> T:
         with failures_as(self._make):

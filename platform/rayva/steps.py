@@ -26,6 +26,8 @@ MANIFEST = "manifest.json"
 ATTEMPTS = "attempts.json"
 
 
+RECIPE = "recipe.json"
+"""At the storage root: the recipe that a job was last started with."""
 SUMMARY = "summary.json"
 """At the storage root: what a job has made."""
 

@@ -23,11 +23,16 @@ import fsspec
 
 from rayva import remote
 from rayva.errors import StorageError
+from rayva.redaction import holds_secret, redact
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 _PROBE_BYTES = 1 << 20
 _ONE_SLASH = re.compile(r"[a-z][a-z0-9+.-]+:/(?!/)")
+_OTHER_PLACE = (
+    "use a local path, or a URI that can be reached and written and whose fsspec package is installed (s3fs, "
+    "gcsfs, ...)"
+)
 _counter = itertools.count()
 
 
@@ -106,14 +111,7 @@ class Storage:
                 f"The storage {root!r} is neither a path nor a URI.",
                 f"write {root.replace(':/', '://', 1)}, or ./{root} for a folder of that name",
             )
-        try:
-            # Other processes write here too: a cached listing would be wrong.
-            self.fs, path = fsspec.core.url_to_fs(root, use_listings_cache=False)
-        except (ImportError, ValueError) as error:
-            raise StorageError(
-                f"The storage {root!r} cannot be opened: {error}.",
-                "use a local path or a URI whose fsspec package is installed (s3fs, gcsfs, ...)",
-            ) from error
+        self.fs, path = _open_root(root)
         protocols = self.fs.protocol
         self.is_local = "file" in ((protocols,) if isinstance(protocols, str) else protocols)
         self._base = os.path.abspath(os.path.expanduser(path)) if self.is_local else path.rstrip("/")
@@ -273,12 +271,47 @@ class Storage:
         Raises:
             StorageError: names the path, the reason and the remedy.
         """
+        if self.is_local:
+            self._check_writable()
+            return
+        try:
+            self._check_writable()
+        except StorageError:
+            raise
+        except Exception as error:  # what file systems raise that cannot write has no common kind
+            what = f"The storage {_shown(self.root)} cannot be written: {redact(remote.reason(error))}."
+            raise StorageError(what, _OTHER_PLACE) from error
+
+    def _check_writable(self) -> None:
         probe = f".probe-{os.getpid()}-{next(_counter)}"
         try:
             self.write_bytes(probe, bytes(_PROBE_BYTES))
             self.delete(probe)
         except OSError as error:
             raise translate_os_error(error, self.root) from error
+
+
+def _open_root(root: str) -> tuple[Any, str]:
+    """The file system of a storage's root, and the root's path in it.
+
+    Raises:
+        StorageError: the root names no place, or its file system cannot be opened.
+    """
+    kind, separator, rest = root.partition("://")
+    if not separator and not root.startswith("data:"):
+        return fsspec.filesystem("file"), root  # "::" is part of a folder's name there
+    if separator and not (kind and (rest if kind in ("file", "local") else rest.strip("/"))):
+        raise StorageError(f"The storage {root!r} names no place.", "write for example s3://bucket/run")
+    try:
+        # Other processes write here too: a cached listing would be wrong.
+        return fsspec.core.url_to_fs(root, use_listings_cache=False)  # type: ignore[no-any-return]
+    except Exception as error:  # file systems of all makes: some connect, load libraries or open files
+        what = f"The storage {_shown(root)!r} cannot be opened: {redact(remote.reason(error))}."
+        raise StorageError(what, _OTHER_PLACE) from error
+
+
+def _shown(root: str) -> str:
+    return redact(root) if holds_secret(root) else root
 
 
 def _parent(rel: str) -> str:

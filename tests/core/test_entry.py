@@ -234,6 +234,33 @@ def test_the_recipe_command_prints_what_config_takes_back(
     assert json.loads(capsys.readouterr().out) == expected
 
 
+def test_the_recipe_command_quotes_what_only_looks_like_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["recipe", "tiny", "language.revision=12345e7"]) == 0
+    config = tmp_path / "r.yaml"
+    config.write_text(capsys.readouterr().out)
+    assert cli.main(["recipe", "tiny", "--config", str(config), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["language"]["revision"] == "12345e7"
+    assert cli.main(["recipe", "--config", str(config)]) == 2
+    assert "none is named" in capsys.readouterr().err
+
+
+def test_a_dry_run_tells_what_force_would_run_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"steps": job.STEPS, "start": job.nothing, "open_tracker": job.Tracker}
+    assert entry.main(argv=["--storage", str(tmp_path)], **given) == 0
+    capsys.readouterr()
+    assert entry.main(argv=["--storage", str(tmp_path), "--force", "train", "--dry-run"], **given) == 0
+    data, train, evaluate = capsys.readouterr().out.splitlines()
+    assert data.startswith("data       finished, took")
+    assert train.startswith("train      would run: again, for --force")
+    assert evaluate.startswith("evaluate   would run: again, for --force")
+    assert entry.main(argv=["--storage", str(tmp_path), "--dry-run"], **given) == 0
+    assert "would run" not in capsys.readouterr().out
+
+
 def test_the_command_tells_faults(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipe", "llava7b"]) == 2
     assert capsys.readouterr().err.startswith("error: ")

@@ -11,7 +11,7 @@ from rayva.errors import RayvaError, StorageError, TrainingError
 from rayva.orchestration.faults import user_error
 from rayva.orchestration.pipeline import STEPS, Step, make_plan, pick, run_job
 from rayva.orchestration.summary import build_summary, record_served, summary_text
-from rayva.recipes import resolve
+from rayva.recipes import resolve, to_dict
 from rayva.steps import StepFolder, step_digest
 from rayva.storage import Storage
 from tests.core import job
@@ -74,6 +74,25 @@ def test_a_changed_setting_reruns_only_what_depends_on_it(
         assert any(f"changed: {key} " in line and f"-> {float(value):g}" in line for line in lines)
     run(storage)
     assert ran(storage) == [], "the first settings' folders are still there"
+
+
+def test_the_recipe_that_was_given_last_is_kept_also_with_nothing_to_do(storage: Storage) -> None:
+    for overrides in ([], ["data.seed=7"], [], ["serving.port=9555"]):
+        run(storage, *overrides)
+        assert storage.read_json("recipe.json") == to_dict(resolve("tiny", None, overrides))
+
+
+def test_a_moved_run_tells_of_its_store_where_it_is_now(
+    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "INFO", {**job.INFO, "tracking_uri": f"sqlite:///{storage.root}/mlflow.db"})
+    run(storage)
+    moved = Storage(str(tmp_path / "moved"))
+    Path(storage.root).rename(moved.root)
+    summary = run(moved)
+    assert ran(moved) == ["data", "train", "evaluate"]  # from before
+    assert summary["mlflow"]["tracking_uri"] == f"sqlite:///{moved.root}/mlflow.db"
+    assert all(stage["skipped"] for stage in summary["stages"].values())
 
 
 def test_what_changed_is_told_without_secrets(storage: Storage) -> None:

@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import re
 import resource
 import subprocess
 import uuid
@@ -173,6 +174,42 @@ def test_quota_and_rights_have_their_words() -> None:
 def test_an_unknown_kind_of_storage_is_told() -> None:
     with pytest.raises(StorageError, match="nosuch://x"):
         Storage("nosuch://x")
+
+
+@pytest.mark.parametrize(
+    ("root", "told"),
+    [
+        ("ftp://127.0.0.1:1/x", "refused"),
+        ("zip://x.zip", "zip://x.zip"),
+        ("zip://a::/nonexistent/x.zip", "/nonexistent/x.zip"),
+        ("reference://x", "reference://x"),
+        ("data:x", "Read only"),
+        ("s3://", "names no place"),
+        ("memory:///", "names no place"),
+        ("file://", "names no place"),
+        ("://x", "names no place"),
+    ],
+)
+def test_places_that_cannot_be_used_are_told_in_words(
+    root: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StorageError, match=re.escape(told)) as caught:
+        Storage(root).check_writable()
+    assert caught.value.remedy
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_constructor_that_cannot_connect_keeps_secrets_to_itself() -> None:
+    with pytest.raises(StorageError, match=r"ftp://\*\*\*@127") as caught:
+        Storage("ftp://me:hunter2@127.0.0.1:1/x")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_folder_may_have_two_colons_in_its_name(tmp_path: Path) -> None:
+    storage = Storage(f"{tmp_path}/a::b")
+    storage.check_writable()
+    assert [path.name for path in tmp_path.iterdir()] == ["a::b"]
 
 
 def test_a_damaged_json_file_is_named(tmp_path: Path) -> None:

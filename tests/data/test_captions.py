@@ -2,6 +2,7 @@
 
 import csv
 import json
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -14,10 +15,13 @@ from hypothesis import strategies as st
 
 from rayva.data.caption_rows import parse_row
 from rayva.data.captions import build
+from rayva.data.locations import join, parent
 from rayva.data.quarantine import BadRow, count_reasons
 from rayva.data.schema import IMAGE_PLACEHOLDER
 from rayva.errors import DataError, RecipeError
-from rayva.recipes.schema import Data
+from rayva.orchestration.data import fingerprint
+from rayva.recipes.schema import Data, Recipe
+from rayva.vision.source import read_image_bytes
 
 BRIEF = ("Describe it briefly.",)
 DETAILED = ("Describe it fully.",)
@@ -114,6 +118,99 @@ def test_csv_with_one_caption_a_row(tmp_path):
     bundle = tables_of(tmp_path, test_fraction=0.0)
     assert [(i.image_id, i.captions) for i in bundle.images] == [("a.jpg", ("One, two", "Three"))]
     assert [(r.row_id, r.reason) for r in bundle.rejected] == [("row-2", "no_caption")]
+
+
+def csv_tables(folder, text):
+    put_images(folder, ["a.png", "b.png", "c.png"])
+    (folder / "captions.csv").write_text(text)
+    bundle = tables_of(folder, test_fraction=0.0)
+    captions = {image.image_id: image.captions for image in bundle.images}
+    return captions, [(row.row_id, row.reason, row.detail) for row in bundle.rejected]
+
+
+def test_a_csv_row_with_an_unquoted_comma_is_refused(tmp_path):
+    text = 'image,caption\na.png,A dog, a cat and a bird\nb.png,A cow\nc.png, "A pig, a hen"\n'
+    captions, refused = csv_tables(tmp_path, text)
+    assert captions == {"b.png": ("A cow",)}
+    assert [row[:2] for row in refused] == [("row-0", "too_many_fields"), ("row-2", "too_many_fields")]
+    assert refused[0][2].startswith("line 2: 3 fields for 2 columns")
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        'a.png,"A dog\nb.png,A cow"\n',  # one text for Python
+        'a.png,"A dog\nb.png,"A cow"\n',  # ',' expected after '"'
+        'a.png,"A "big" dog"\nb.png,"A cow" \n',  # each on a line of its own
+        '"a.png,A dog\nb.png,A cow"\n',
+    ],
+)
+def test_every_csv_line_that_a_quote_spoils_is_told_and_the_next_is_read(spoilt, tmp_path):
+    captions, refused = csv_tables(tmp_path, f"image,caption\n{spoilt}\nc.png,A pig\n")
+    assert captions == {"c.png": ("A pig",)}
+    assert [row[:2] for row in refused] == [("row-0", "not_csv"), ("row-1", "not_csv")]
+    assert "quote" in refused[0][2]
+
+
+def test_a_csv_text_may_hold_line_breaks_commas_and_quotes(tmp_path):
+    text = 'image,caption\na.png,"A dog\non a ""beach"", in the sun.\n\nIt runs."\nb.png,A 6" rule\n'
+    captions, refused = csv_tables(tmp_path, text)
+    assert captions == {
+        "a.png": ('A dog\non a "beach", in the sun.\n\nIt runs.',),
+        "b.png": ('A 6" rule',),
+    }
+    assert refused == []
+
+
+def test_a_csv_file_that_ends_within_quotes_is_refused(tmp_path):
+    with pytest.raises(DataError, match="a quote that opens in line 3 is never closed"):
+        csv_tables(tmp_path, 'image,caption\na.png,A dog\nb.png,"A cow\nc.png,A pig\n')
+
+
+@pytest.mark.parametrize("inside", ["p/", ""])
+@pytest.mark.parametrize("form", ["txt", "csv", "csv itself"])
+def test_an_archive_is_read_through_a_chain(form, inside, tmp_path):
+    archive = tmp_path / "z.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for name, caption in (("a.jpg", "A dog"), ("b.jpg", "A cow")):
+            file.writestr(f"{inside}{name}", name)
+            if form == "txt":
+                file.writestr(f"{inside}{name[0]}.txt", caption)
+        if form != "txt":
+            file.writestr(f"{inside}captions.csv", "image,caption\na.jpg,A dog\nb.jpg,A cow\n")
+    file_in_it = "captions.csv" if form == "csv itself" else ""
+    uri = f"zip://{inside}{file_in_it}::file://{archive}"
+    images = list(tables_of(uri, test_fraction=0.0).images)
+    assert [image.captions for image in images] == [("A dog",), ("A cow",)]
+    assert [read_image_bytes(image.uri) for image in images] == [b"a.jpg", b"b.jpg"]
+    assert fingerprint(Recipe(name="r", data=Data(source="captions", captions=uri)))
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "joined"),
+    [
+        ("/data", "a.png", "/data/a.png"),
+        ("/", "a.png", "/a.png"),
+        ("/x::y", "a.png", "/x::y/a.png"),
+        ("s3://b/p/c", "a.png", "s3://b/p/c/a.png"),
+        ("memory://", "a.png", "memory://a.png"),
+        ("zip://p::file:///z.zip", "a.png", "zip://p/a.png::file:///z.zip"),
+        ("zip://::s3://b/z.zip", "a.png", "zip://a.png::s3://b/z.zip"),
+    ],
+)
+def test_names_are_joined_to_folders_and_parted_again(folder, name, joined):
+    assert join(folder, name) == joined
+    assert parent(joined) == folder
+
+
+def test_why_no_row_is_usable_is_told(tmp_path):
+    (tmp_path / "captions.csv").write_text("image,caption\na.png,A dog, a cat\ngone.png,A cow\nb.png,A, b\n")
+    told = r"\(quarantined: 2 too_many_fields, 1 missing_image; the first, row-0: line 2: 3 fields"
+    with pytest.raises(DataError, match=told):
+        tables_of(tmp_path)
+    (tmp_path / "captions.csv").write_text("image,caption\n")
+    with pytest.raises(DataError, match="holds no image with a caption\n"):
+        tables_of(tmp_path)
 
 
 def one_caption_a_row(folder, form):

@@ -197,3 +197,11 @@ def test_captions_that_older_code_read_row_by_row_are_read_again(tmp_path):
 
 def test_built_in_scenes_need_no_input():
     assert fingerprint(Recipe(name="r", data=Data(source="scenes"))) == {}
+
+
+def test_csv_that_older_code_read_is_read_again(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"x")
+    (tmp_path / "captions.csv").write_text("image,caption\na.png,A dog\n")
+    for captions in (tmp_path, tmp_path / "captions.csv"):
+        recipe = Recipe(name="r", data=Data(source="captions", captions=str(captions)))
+        assert fingerprint(recipe)["rows of CSV"] == "strict"

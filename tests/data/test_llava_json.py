@@ -409,3 +409,14 @@ def test_long_answers_make_questions_where_a_rule_finds_what_counts(tmp_path):
         ("1.png", "yes_no"),
         ("2.png", "color"),
     ]
+
+
+def test_secrets_in_a_rows_addresses_do_not_reach_the_quarantine(tmp_path):
+    row = chat("<image>\nq", "a", image="file:///gone.png?token=hunter2", id="https://bob:hunter2@host/a.png")
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([row, chat("q", "a")]))
+    bundle = build(Data(source="llava", pretrain_json=str(file), finetune_json=str(file)))
+    assert list(bundle.pretrain)
+    (bad,) = bundle.rejected
+    assert (bad.row_id, bad.reason) == ("https://***@host/a.png", "missing_image")
+    assert bad.detail == "there is no file file:///gone.png?token=***"

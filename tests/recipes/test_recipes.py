@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 
 from rayva.errors import RecipeError
 from rayva.orchestration.startup import shares_gpus
-from rayva.recipes import from_dict, require_runnable, resolve, to_dict
+from rayva.recipes import from_dict, require_runnable, resolve, to_dict, yaml12
 from rayva.recipes.named import NAMED
 from rayva.recipes.schema import Dataset
 from rayva.storage import Storage
+
+LLAVA = ("data.source=llava", "data.pretrain_json=a.json", "data.finetune_json=b.json")
 
 
 def fault(*overrides: str, name: str = "tiny", config: str | None = None) -> str:
@@ -102,6 +104,73 @@ def test_every_spelling_of_a_number_is_a_number(value: float, spelling: str) -> 
 )
 def test_text_settings_take_what_looks_like_a_number(override: str, section: str, value: object) -> None:
     assert getattr(resolve("tiny", None, [override]), section).revision == value
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        ("Answer shortly # please", "Answer shortly # please"),
+        ("You are: kind", "You are: kind"),
+        ("- kind", "- kind"),
+        ("&a *b !c", "&a *b !c"),
+        ("[kind] and brief", "[kind] and brief"),
+        ("'quoted # text'", "quoted # text"),
+        ('"two\\nlines"', "two\nlines"),
+        (" ~ ", None),
+        ("null", None),
+        ("2024-01-01", "2024-01-01"),
+        ("9" * 5000, "9" * 5000),
+    ],
+)
+def test_text_settings_are_taken_as_they_stand(given: str, value: str | None) -> None:
+    assert resolve("tiny", None, [f"conversation.system={given}"]).conversation.system == value
+    assert resolve("tiny", None, [f"data.captions={given}"]).data.captions == value
+
+
+def test_what_only_begins_with_a_quote_is_a_clear_error() -> None:
+    assert "put it in quotes" in fault("conversation.system='Tis the season")
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("finetune={[a]: b}", "not text"),
+        ("finetune={{a: b}: c}", "not text"),
+        ("finetune={1: 2}", "no text"),
+        ("data.finetune_mix=[&a [*a]]", "holds itself"),
+        ("finetune=&a {lr: *a}", "holds itself"),
+        ("data.finetune_mix=[!!binary aGk=]", "bytes"),
+        ("data.finetune_mix=[{path: !!timestamp 2024-01-01}]", "date"),
+        ("data.finetune_mix=[!!timestamp x]", "cannot be read"),
+        ("finetune.offload=!!bool 7", "cannot be read"),
+        (f"finetune.seed={'9' * 5000}", "cannot be read"),
+        (f"data.finetune_mix={'[' * 3000}", "nested too deeply"),
+        ("finetune.lr={a: {b: 1}}", "finetune.lr: expected a number"),
+    ],
+)
+def test_odd_yaml_is_a_clear_error(setting: str, told: str, tmp_path) -> None:
+    assert told in fault(setting, name="llava-7b")
+    config = tmp_path / "my.yaml"
+    key, _, value = setting.partition("=")
+    if told != "nested too deeply":
+        section, _, last = key.rpartition(".")
+        config.write_text(f"{section}: {{{last}: {value}}}" if section else f"{last}: {value}")
+        assert told in fault(name="llava-7b", config=str(config))
+
+
+def test_bytes_in_a_file_are_a_clear_error(tmp_path) -> None:
+    config = tmp_path / "my.yaml"
+    config.write_text("tracking: {experiment: !!binary aGk=}")
+    assert "a bytes is no value of a setting" in fault(config=str(config))
+
+
+_NUMBERLIKE = st.from_regex(r"[-+0-9eE._:xo]{1,12}", fullmatch=True)
+
+
+@given(st.text() | _NUMBERLIKE | st.sampled_from(["no", "~", "y", "1e5"]))
+def test_any_text_survives_yaml(text: str) -> None:
+    settings = {"system": text, "list": [text], "number": 1e-5, "nothing": None}
+    assert yaml12.load(yaml12.dump(settings)) == settings
 
 
 def test_an_empty_text_is_not_nothing() -> None:
@@ -382,6 +451,41 @@ def test_a_secret_in_the_tracking_address_is_refused_and_not_repeated(uri: str) 
     with pytest.raises(RecipeError, match="MLFLOW_TRACKING_TOKEN") as caught:
         require_runnable(recipe)
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "data.pretrain_json=http://bob:hunter2@127.0.0.1:9300/train.json",
+        "data.finetune_images=https://host/pictures?token=hunter2",
+        "data.captions=simplecache::https://hunter2@host/pictures",
+        "data.pretrain_mix=[{path: a.json}, {path: 'https://host/b.json?X-Amz-Signature=hunter2'}]",
+        "language.path=https://me:hunter2@host/model",
+        "generation.input=s3://key:hunter2@bucket/rows.jsonl",
+    ],
+)
+def test_a_secret_in_any_address_is_refused_and_not_repeated(setting: str) -> None:
+    alone = ["data.pretrain_json=null"] if "_mix" in setting else []
+    with pytest.raises(RecipeError, match="in the environment") as caught:
+        require_runnable(resolve("tiny", overrides=[*LLAVA, *alone, setting]))
+    key = setting.partition("=")[0].replace("_mix", "_mix.1.path")
+    assert str(caught.value).startswith(key)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "/data/a?token=b.json", "abfs://container@account.dfs.core.windows.net/a.json", "hdfs://me@host/a.json",
+        "github://organisation:repository@main/a.json", "zip://a.json::s3://bucket/a.zip",
+    ],
+)  # fmt: skip
+def test_addresses_without_secrets(uri: str) -> None:
+    require_runnable(resolve("tiny", overrides=["data.source=captions", f"data.captions={uri}"]))
+
+
+def test_a_system_message_is_no_address() -> None:
+    require_runnable(resolve("tiny", overrides=["conversation.system='See http://host/?token=x'"]))
 
 
 @pytest.mark.parametrize(

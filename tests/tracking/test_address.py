@@ -34,6 +34,14 @@ def test_the_default_is_a_file_under_the_storage(tmp_path: Path) -> None:
     assert tracking_uri(None, Storage(str(tmp_path))) == f"sqlite:///{tmp_path}/mlflow.db"
 
 
+@pytest.mark.parametrize("name", ["a?b", "a#b"])
+def test_a_path_that_sqlite_would_not_find_is_refused(name: str, tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path / name))
+    with pytest.raises(TrackingError, match=r"has \? or # in it"):
+        tracking_uri(None, storage)
+    assert tracking_uri("http://host:5000", storage) == "http://host:5000"
+
+
 def test_storage_elsewhere_needs_a_server() -> None:
     with pytest.raises(TrackingError, match=r"tracking\.uri=http"):
         tracking_uri(None, Storage("memory://run"))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import http.server
 import io
+import os
 import pickle
 import random
+import socket
 import struct
+import threading
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rayva.data.locations import open_input
 from rayva.errors import DataError
 from rayva.vision.decode import BadImage, decode_image
 from rayva.vision.source import read_image_bytes
@@ -225,3 +230,55 @@ def test_files_are_read_from_paths_and_uris(tmp_path: Path) -> None:
             read_image_bytes(uri, limit)
         assert caught.value.reason == expected
     assert read_image_bytes(str(file), len(data)) == data
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+def test_what_is_no_regular_file_is_unreadable_and_not_waited_for(kind: str, tmp_path: Path) -> None:
+    file = tmp_path / "p.png"
+    with socket.socket(socket.AF_UNIX) as unix:
+        if kind == "pipe":
+            os.mkfifo(file)
+        elif kind == "socket":
+            unix.bind(str(file))
+        else:
+            file = Path("/dev/zero")
+        with pytest.raises(BadImage) as caught:
+            read_image_bytes(str(file))
+    assert caught.value.reason == "unreadable"
+    assert str(file) in caught.value.detail
+
+
+class _Answers(http.server.BaseHTTPRequestHandler):
+    """Answers /STATUS.png with that status."""
+
+    def do_GET(self) -> None:
+        self.send_response(int(self.path[1:4]))
+        self.send_header("Content-Length", "3")
+        self.end_headers()
+        self.wfile.write(b"abc")
+
+    def do_HEAD(self) -> None:
+        self.send_response(int(self.path[1:4]))
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_web_server_that_is_down_or_in_trouble_stops_and_a_missing_file_does_not() -> None:
+    pytest.importorskip("aiohttp")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Answers) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert read_image_bytes(f"{address}/200.png") == b"abc"
+        for status, expected in ((404, "missing"), (410, "missing"), (403, "unreadable")):
+            with pytest.raises(BadImage) as caught:
+                read_image_bytes(f"{address}/{status}.png?token=hunter2")
+            assert caught.value.reason == expected
+            assert "hunter2" not in caught.value.detail
+        with pytest.raises(DataError, match=r"503\.png cannot be read: 503"):
+            read_image_bytes(f"{address}/503.png")
+        server.shutdown()
+    for read in (read_image_bytes, lambda uri: open_input(uri, "data.captions")):
+        with DeadPort() as dead, pytest.raises(DataError, match=r"cannot be read: Cannot connect"):
+            read(f"{dead}/a.png")

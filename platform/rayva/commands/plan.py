@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rayva.errors import RayvaError
 from rayva.progress import Progress
 from rayva.recipes.load import from_dict, merge, parse_override
+from rayva.steps import RECIPE
 from rayva.storage import Storage
 from rayva.training.audit import EpochAudit, audit
 from rayva.training.dataset import SampleSource
@@ -70,11 +71,11 @@ def _load(root: str, overrides: Sequence[str], stage: str) -> tuple[SampleSource
     from rayva.training.stage import StageWork, pretrained, samples_and_plan
 
     storage = Storage(root)
-    if not storage.exists("recipe.json"):
+    if not storage.exists(RECIPE):
         raise RayvaError(
-            f"{storage.root} holds no run (no recipe.json).", "give the --storage that it was started with"
+            f"{storage.root} holds no run (no {RECIPE}).", "give the --storage that it was started with"
         )
-    settings: dict[str, Any] = storage.read_json("recipe.json")
+    settings: dict[str, Any] = storage.read_json(RECIPE)
     for override in overrides:
         settings = merge(settings, parse_override(override))
     recipe = from_dict(settings)

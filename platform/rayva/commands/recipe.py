@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
-import yaml
-
-from rayva.recipes import resolve, to_dict
+from rayva.errors import RecipeError
+from rayva.recipes import resolve, to_dict, yaml12
 from rayva.recipes.named import NAMED
 
 
@@ -19,6 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.name is None and options.config is not None:
+        raise RecipeError(
+            f"--config {options.config} changes a recipe, but none is named.",
+            f"give one of {', '.join(NAMED)}",
+        )
     if options.name is None:
         print("\n".join(NAMED))
         return 0
@@ -26,5 +30,5 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(settings, indent=1))
     else:
-        print(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), end="")
+        print(yaml12.dump(settings), end="")
     return 0

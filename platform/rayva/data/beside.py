@@ -9,7 +9,7 @@ from typing import Literal
 
 from rayva.data import caption_rows, llava_json
 from rayva.data.json_rows import read_json_rows
-from rayva.data.locations import absolute, is_local, join, parent
+from rayva.data.locations import absolute, is_local, join, parent, split_chain
 from rayva.data.quarantine import BadRow
 
 Form = Literal["llava", "captions"]
@@ -32,8 +32,8 @@ def image_places(uri: str, setting: str, form: Form, digest: str) -> Places:
     for name in _names_in_json(uri, setting) if form == "llava" else _names_in_captions(uri):
         if "://" in name and not is_local(name):
             continue  # elsewhere, where nothing may be listed
-        folder, _, file = join(root, name).removeprefix("file://").rpartition("/")
-        places.add((folder, PurePosixPath(file).suffix))
+        image = join(root, name).removeprefix("file://")
+        places.add((parent(image), PurePosixPath(split_chain(image)[0]).suffix))
     return frozenset(places)
 
 

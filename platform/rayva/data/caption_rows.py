@@ -7,13 +7,14 @@ import io
 import posixpath
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayva.data.json_rows import read_json_rows
-from rayva.data.locations import absolute, is_folder, join, list_folder, open_input, parent
+from rayva.data.locations import absolute, is_folder, join, list_folder, open_input, parent, split_chain
 from rayva.data.quarantine import BadRow, checked_text
 from rayva.errors import DataError
 
@@ -118,11 +119,12 @@ def _parse_captions(value: object) -> tuple[str, ...]:
 
 
 def _read_file(uri: str) -> Iterator[Value]:
-    if uri.endswith(".parquet"):
+    name, _ = split_chain(uri)
+    if name.endswith(".parquet"):
         return _read_tables([uri])
-    if uri.endswith(".csv"):
+    if name.endswith(".csv"):
         return _read_csv(uri)
-    if uri.removesuffix(".gz").endswith((".jsonl", ".ndjson", ".json")):
+    if name.removesuffix(".gz").endswith((".jsonl", ".ndjson", ".json")):
         return _read_json(uri)
     raise DataError(
         f"{SETTING} = {uri} is neither an existing folder nor a .parquet, .jsonl, .json or .csv file",
@@ -138,17 +140,71 @@ def _read_json(uri: str) -> Iterator[Value]:
 def _read_csv(uri: str) -> Iterator[Value]:
     with open_input(uri, SETTING) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
         try:
-            reader = csv.DictReader(text)
-            columns = reader.fieldnames or ()
+            reader = csv.reader(text, strict=True)
+            columns = next(reader, [])
             _check_columns(uri, columns)
-            for index, row in enumerate(reader):
-                yield index, row, None
+            for index, (row, fault) in enumerate(_csv_rows(reader, columns, uri)):
+                yield index, row, fault
         except UnicodeDecodeError as error:
             raise DataError(f"{uri} is not UTF-8 text: {error}", "save it as UTF-8 CSV") from error
         except csv.Error as error:
             raise DataError(
                 f"{uri} is not CSV: line {reader.line_num}: {error}", "check that line"
             ) from error
+
+
+def _csv_rows(reader: Any, columns: Sequence[str], uri: str) -> Iterator[tuple[object, BadRow | None]]:
+    """The rows of a CSV file behind its header. Lines that a wrong quote has spoilt are a fault each.
+
+    Args:
+        reader: Python's; it goes on behind lines that it refuses.
+
+    Raises:
+        DataError: the file ends within quotes, so that nobody knows which rows are meant.
+    """
+    while True:
+        first = reader.line_num + 1
+        fields: list[str] = []
+        try:
+            fields = next(reader)
+            fault = _csv_fault(fields, columns, first) if fields else None
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if str(error) == "unexpected end of data":
+                raise DataError(
+                    f"{uri} is not CSV: a quote that opens in line {first} is never closed",
+                    "close it, or write it twice where it is part of the text",
+                ) from error
+            fault = BadRow("not_csv", f"line {reader.line_num}: {error}: is there a quote too many?")
+        # Lines that one row has taken in were to be rows of their own.
+        lines = reader.line_num - first + 1 if fault and fault.reason == "not_csv" else 1
+        if fields or fault:
+            yield from [(dict(zip(columns, fields, strict=False)), fault)] * lines
+
+
+def _csv_fault(fields: Sequence[str], columns: Sequence[str], line: int) -> BadRow | None:
+    """What is wrong with a row that Python reads without complaint.
+
+    A text may hold line breaks. But where a line in it looks like a row (as many fields, and the image's has
+    an ending of images, or that of this row's own image), a quote was left open and has taken that row in.
+    """
+    if len(fields) > len(columns):
+        return BadRow(
+            "too_many_fields",
+            f"line {line}: {len(fields)} fields for {len(columns)} columns: put text with commas in quotes",
+        )
+    at = next(number for number, name in enumerate(columns) if name in IMAGE_COLUMNS)
+    own = _ending(fields[at]) if at < len(fields) else ""
+    for inner in chain.from_iterable(text.splitlines()[1:] for text in fields):
+        parts = inner.split(",")
+        if len(parts) >= len(columns) and _ending(parts[at]) in (*IMAGE_SUFFIXES, own):
+            return BadRow("not_csv", f"line {line}: a quote is left open and takes in {inner[:80]!r}")
+    return None
+
+
+def _ending(name: str) -> str:
+    return posixpath.splitext(name.strip())[1].lower()
 
 
 def _read_tables(uris: Sequence[str]) -> Iterator[Value]:

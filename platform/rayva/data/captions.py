@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from rayva.data.bundle import DatasetBundle, Lazy
 from rayva.data.caption_rows import CaptionRow, parse_row, read_rows
 from rayva.data.locations import ImageFolder, is_local
-from rayva.data.quarantine import BadRow, rejected
+from rayva.data.quarantine import BadRow, count_reasons, rejected
 from rayva.data.schema import IMAGE_PLACEHOLDER, ImageRecord, Question, Rejected, Sample, Split, Turn
 from rayva.data.splits import UniqueIds, held_out
 from rayva.errors import DataError, RecipeError
@@ -108,10 +108,19 @@ def _rows(source: str, rejects: list[Rejected]) -> Iterator[_Located]:
         yield located
     if not usable:
         raise DataError(
-            f"data.captions = {source} holds no image with a caption",
+            f"data.captions = {source} holds no image with a caption{_why(rejects)}",
             "give a folder with captions.jsonl, captions.csv, captions.parquet or NAME.txt beside each "
             "image, or a Parquet table with columns image (or path) and caption",
         )
+
+
+def _why(rejects: Sequence[Rejected]) -> str:
+    """Why no row could be used, for a message: no table of them is written then."""
+    if not rejects:
+        return ""
+    reasons = ", ".join(f"{count} {reason}" for reason, count in count_reasons(rejects).items())
+    first = rejects[0]
+    return f" (quarantined: {reasons}; the first, {first.row_id}: {first.detail or first.reason})"
 
 
 def _locate(name: str, row: CaptionRow, folder: ImageFolder) -> _Located:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rayva.data.locations import open_input
+from rayva.data.locations import open_input, split_chain
 from rayva.errors import DataError
 
 _CHUNK = 1 << 20
@@ -39,7 +39,7 @@ def read_json_rows(uri: str, setting: str) -> Iterator[JsonRow]:
     with open_input(uri, setting) as file, io.TextIOWrapper(file, encoding="utf-8-sig") as text:
         try:
             reader = _ArrayReader(text, uri)
-            if uri.removesuffix(".gz").endswith(_LINES) or reader.first() == "{":
+            if split_chain(uri)[0].removesuffix(".gz").endswith(_LINES) or reader.first() == "{":
                 yield from _read_lines(reader.rest(), uri)
             else:
                 yield from reader.rows()

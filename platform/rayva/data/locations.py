@@ -38,13 +38,26 @@ def join(folder: str, name: str) -> str:
     """`name` inside `folder`, unless it is already an absolute path or a URI."""
     if "://" in name or os.path.isabs(name):
         return name
-    return f"{folder.rstrip('/')}/{name.removeprefix('./')}"
+    first, rest = split_chain(folder)
+    root = first if first.endswith("://") else f"{first.rstrip('/')}/"
+    return f"{root}{name.removeprefix('./')}{rest}"
 
 
 def parent(uri: str) -> str:
     """The folder that `uri` lies in."""
-    head, separator, _ = uri.rpartition("/")
-    return (head or "/") if separator else "."
+    first, rest = split_chain(uri)
+    head, separator, _ = first.rpartition("/")
+    if head.endswith(":/"):
+        head += "/"  # a place's root: memory://, or zip:// of an archive
+    return (head or "/") + rest if separator else "."
+
+
+def split_chain(uri: str) -> tuple[str, str]:
+    """The path itself, and what it lies in: `zip://a/b.png` and `::s3://bucket/z.zip`, or nothing."""
+    if is_local(uri):
+        return uri, ""
+    first, separator, rest = uri.partition("::")
+    return first, separator + rest
 
 
 def absolute(uri: str) -> str:
@@ -65,7 +78,7 @@ def open_input(uri: str, setting: str) -> IO[bytes]:
         system, path = file_system(uri)
         file = system.open(path, "rb")
     if not is_local(uri):
-        file = remote.RemoteFile(file, lambda error: _unreadable(uri, setting, error))
+        file = remote.RemoteFile(file, lambda error: _unreadable(uri, setting, error), system)
     return cast(IO[bytes], gzip.GzipFile(fileobj=file, mode="rb") if path.endswith(".gz") else file)
 
 
@@ -100,7 +113,7 @@ def reading(uri: str, setting: str) -> Iterator[None]:
         yield
     except Exception as error:
         if isinstance(error, OSError) or remote.is_failure(error):
-            raise _unreadable(uri, setting, error) from error
+            raise _unreadable(uri, setting, remote.behind(error)) from error
         raise
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from rayva.data.schema import Rejected
+from rayva.redaction import redact
 
 _DETAIL_LENGTH = 500
 
@@ -20,10 +21,9 @@ class BadRow(Exception):
 
 
 def rejected(source: str, row_id: str, error: BadRow) -> Rejected:
-    """The quarantine's entry for a bad row of `source`."""
-    return Rejected(
-        printable(source), printable(row_id), error.reason, printable(error.detail)[:_DETAIL_LENGTH]
-    )
+    """The quarantine's entry for a bad row of `source`. Secrets are masked: a row may name signed URIs."""
+    source, row_id, detail = (redact(printable(text)) for text in (source, row_id, error.detail))
+    return Rejected(source, row_id, error.reason, detail[:_DETAIL_LENGTH])
 
 
 def printable(text: str) -> str:

@@ -10,7 +10,17 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from rayva.data.bundle import DatasetBundle
-from rayva.data.locations import absolute, file_system, is_folder, open_input, parent, reading
+from rayva.data.locations import (
+    absolute,
+    file_system,
+    is_folder,
+    is_there,
+    join,
+    open_input,
+    parent,
+    reading,
+    split_chain,
+)
 from rayva.data.quarantine import count_reasons
 from rayva.data.schema import ImageRecord, Question, Rejected, Sample
 from rayva.data.tables import Record, write_records
@@ -130,7 +140,14 @@ def fingerprint(recipe: Recipe) -> dict[str, str]:
     datasets = (dataset for stage in STAGES for dataset in data.datasets(stage))
     if data.source == "captions" or any(dataset.format == "captions" for dataset in datasets):
         found["rows of captions"] = "by picture"
+    captions = [name for name, form in alone.items() if form == "captions" and name in found]
+    if any(_reads_csv(uris[name], name) for name in captions):
+        found["rows of CSV"] = "strict"
     return dict(sorted(found.items()))
+
+
+def _reads_csv(uri: str, setting: str) -> bool:
+    return split_chain(uri)[0].endswith(".csv") or is_there(join(uri, "captions.csv"), setting)
 
 
 def _digest(uri: str, setting: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from rayva.errors import RayvaError
 from rayva.orchestration.console import command_again, in_temporary_copy
-from rayva.orchestration.pipeline import STEPS, Step, make_plan, run_job, select
+from rayva.orchestration.pipeline import STEPS, Planned, Step, make_plan, run_job, select, with_dependents
 from rayva.orchestration.summary import summary_text
 from rayva.progress import duration
 from rayva.provenance import REPOSITORY
@@ -103,7 +103,7 @@ def _run(options: argparse.Namespace, only: str | None, steps: Sequence[Step], j
     until = getattr(options, "until", None)
     if options.dry_run:
         require_runnable(recipe)
-        _show_plan(recipe, storage, until, only, steps)
+        _show_plan(make_plan(recipe, storage, steps), storage, until, only, options.force)
         return 0
     summary = run_job(
         recipe, storage, until=until, only=only, force=options.force, steps=steps, tell=_tell, **job
@@ -117,13 +117,16 @@ def _tell(text: str) -> None:
 
 
 def _show_plan(
-    recipe: Recipe, storage: Storage, until: str | None, only: str | None, steps: Sequence[Step]
+    plan: Sequence[Planned], storage: Storage, until: str | None, only: str | None, force: Sequence[str]
 ) -> None:
-    for planned in select(make_plan(recipe, storage, steps), until, only):
-        took = f", took {duration(planned.manifest['seconds'])}" if planned.manifest else ""
-        state = "finished" if planned.manifest else "would run"
-        why = "" if planned.manifest else f": {planned.why}"
-        print(f"{planned.step.name:<10} {state}{why}{took}  [{storage.uri(planned.folder.rel)}]")
+    forced = with_dependents(plan, force)
+    for planned in select(plan, until, only):
+        name, manifest = planned.step.name, planned.manifest
+        again = manifest is not None and name in forced
+        took = f", took {duration(manifest['seconds'])}" if manifest else ""
+        state = "finished" if manifest and not again else "would run"
+        why = ": again, for --force" if again else "" if manifest else f": {planned.why}"
+        print(f"{name:<10} {state}{why}{took}  [{storage.uri(planned.folder.rel)}]")
 
 
 def storage_root(given: str | None, recipe: Recipe) -> str:

@@ -16,7 +16,7 @@ from rayva.orchestration.generate_batch import read_batches
 from rayva.orchestration.generate_costs import price_of, spent_at, told
 from rayva.orchestration.generate_run import Plan, forecast, make_plan, run
 from rayva.provenance import REPOSITORY
-from rayva.recipes import resolve
+from rayva.recipes import refuse_secrets, resolve
 from rayva.storage import Storage
 
 UNFINISHED = 3
@@ -101,6 +101,7 @@ def _run(options: argparse.Namespace) -> int:
     recipe = resolve(options.recipe, options.config, [*_flag_overrides(options), *options.overrides])
     if options.batch_results and recipe.generation.teacher != "batch":
         raise DataError("--batch-results belongs to --teacher batch", "leave one of them out")
+    refuse_secrets(recipe)
     root = storage_root(options.storage or str(REPOSITORY / "runs" / "generate"), recipe)
     storage = Storage(root)
     plan = make_plan(recipe, storage)

@@ -17,9 +17,11 @@ from rayva.provenance import code_version
 from rayva.recipes import Recipe, require_runnable, to_dict
 from rayva.recipes.schema import StageName
 from rayva.redaction import redact
-from rayva.steps import AttemptClock, StepFolder, step_digest
+from rayva.steps import RECIPE, AttemptClock, StepFolder, step_digest
 from rayva.storage import Storage
+from rayva.tracking.address import TrackingError, tracking_uri
 from rayva.tracking.mlflow_tracker import JobTracker, send_kept
+from rayva.tracking.registry import aliases_now
 
 
 @dataclass
@@ -253,17 +255,23 @@ def select(plan: Sequence[Planned], until: str | None = None, only: str | None =
 
 def forget(plan: Sequence[Planned], names: Iterable[str]) -> list[str]:
     """Removes these steps' folders and those of all steps that depend on them; says which."""
-    gone = set(names)
-    known = [planned.step.name for planned in plan]
-    for name in gone - set(known):
-        raise RayvaError(f"There is no step {name!r}.", f"choose one of {', '.join(known)}")
-    for planned in plan:
-        if gone.intersection(planned.step.needs):
-            gone.add(planned.step.name)
+    gone = with_dependents(plan, names)
     for planned in plan:
         if planned.step.name in gone:
             planned.folder.forget()
-    return [name for name in known if name in gone]
+    return gone
+
+
+def with_dependents(plan: Sequence[Planned], names: Iterable[str]) -> list[str]:
+    """These steps and all that depend on them, in the plan's order."""
+    found = set(names)
+    known = [planned.step.name for planned in plan]
+    for name in found - set(known):
+        raise RayvaError(f"There is no step {name!r}.", f"choose one of {', '.join(known)}")
+    for planned in plan:
+        if found.intersection(planned.step.needs):
+            found.add(planned.step.name)
+    return [name for name in known if name in found]
 
 
 def _default_tracker(recipe: Recipe, storage: Storage) -> JobTracker:
@@ -310,19 +318,37 @@ def run_job(
         wanted = select(plan, until, only)
         todo = [planned for planned in wanted if planned.manifest is None]
         executed: set[str] = set()
+        # Also with nothing to do: what serves or shows this run reads the settings that were given last.
+        storage.write_json(RECIPE, to_dict(recipe))
         if todo:
-            storage.write_json("recipe.json", to_dict(recipe))
             with _faults_for_people(storage):
                 _run_steps(recipe, storage, wanted, start, open_tracker, tell, executed)
             plan = make_plan(recipe, storage, steps)
         else:
             tell(f"All {len(wanted)} steps are finished; there is nothing to do.")
             send_kept(recipe, storage)
-            send_kept(recipe, storage)
         made = {planned.step.name: (planned.folder, planned.manifest) for planned in plan}
         summary = build_summary(recipe, storage, made, executed)
+        if "register" not in executed:
+            _renew_aliases(summary, recipe, storage, tell)
         write_summary(storage, summary)
         return summary
+
+
+def _renew_aliases(
+    summary: dict[str, Any], recipe: Recipe, storage: Storage, tell: Callable[[str], None]
+) -> None:
+    """Asks the registry which aliases the model has, if this storage has registered another one since."""
+    latest = _finished_manifests(storage).get("register")
+    shown = summary["stages"].get("register")
+    if latest is None or shown is None or latest["digest"] == shown["digest"]:
+        return
+    model = summary["model"]
+    try:
+        uri = tracking_uri(recipe.tracking.uri, storage)
+        model["aliases"] = aliases_now(uri, model["name"], model["version"])
+    except TrackingError as error:
+        tell(f"The aliases shown may have gone to a model that was registered later. {error}")
 
 
 def _run_steps(

@@ -12,6 +12,7 @@ from rayva.recipes import Recipe
 from rayva.recipes.schema import STAGES
 from rayva.steps import SUMMARY, StepFolder, read_summary
 from rayva.storage import Storage
+from rayva.tracking.address import tracking_uri
 
 _GROUNDING = ("accuracy", "accuracy_shuffled_images", "accuracy_no_image", "questions")
 
@@ -74,7 +75,7 @@ def build_summary(
         },
         "grounding": {key: evaluation["grounding"].get(key) for key in _GROUNDING} if evaluation else None,
         "gate": {"passed": evaluation["passed"], "why": evaluation["why"]} if evaluation else None,
-        "mlflow": tracked[-1] if tracked else None,
+        "mlflow": _where_now(tracked[-1], recipe, storage) if tracked else None,
         "model": (
             {
                 "name": registered["model_name"],
@@ -89,6 +90,15 @@ def build_summary(
         "served": _kept_answers(storage, done["export"][0].digest if "export" in done else None),
     }
     return summary
+
+
+def _where_now(tracked: dict[str, Any], recipe: Recipe, storage: Storage) -> dict[str, Any]:
+    """A run's own SQLite store moves with the run."""
+    kept = str(tracked["tracking_uri"])
+    own = storage.is_local and recipe.tracking.uri is None and kept.endswith("/mlflow.db")
+    if own and kept.startswith("sqlite:"):
+        return {**tracked, "tracking_uri": tracking_uri(None, storage)}
+    return tracked
 
 
 def _kept_answers(storage: Storage, export_digest: str | None) -> dict[str, Any] | None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 import types
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Union, get_args, get_origin
 
 import fsspec
@@ -16,43 +15,11 @@ from pydantic.fields import FieldInfo
 
 from rayva import remote
 from rayva.errors import RecipeError
+from rayva.recipes import yaml12
 from rayva.recipes.schema import STAGES, Data, Dataset, Recipe, Stage
 from rayva.redaction import holds_secret, redact
 
-
-class _Yaml12Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars: 2e-5 is a number, `no` and 2024-01-01 are text; a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key_node.value!r} is given twice", key_node.start_mark
-                )
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-_Yaml12Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", "~nN\0"),
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?[0-9][0-9_]*", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9][0-9_]*\.?[0-9]*)([eE][-+]?[0-9]+)?", "-+.0123456789"),
-):
-    _firsts = [*_first.replace("\0", "")] + ([""] if "\0" in _first else [])
-    _Yaml12Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), _firsts
-    )
-
-
-def _decimal(loader: _Yaml12Loader, node: yaml.ScalarNode) -> int:
-    """YAML 1.1 would read 010 as 8."""
-    return int(loader.construct_scalar(node).replace("_", ""))
-
-
-_Yaml12Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
+_NULLS = ("", "~", "null", "Null", "NULL")
 
 
 def resolve(name: str, config_file: str | None = None, overrides: Iterable[str] = ()) -> Recipe:
@@ -111,8 +78,7 @@ def read_config(path: str) -> dict[str, Any]:
         raise
     try:
         # As YAML, JSON's two escapes for one character beyond U+FFFF would stay two halves.
-        # The loader is a SafeLoader: it builds plain data only.
-        settings = json.loads(text) if path.endswith(".json") else yaml.load(text, Loader=_Yaml12Loader)
+        settings = json.loads(text) if path.endswith(".json") else yaml12.load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         kind = "JSON" if path.endswith(".json") else "YAML"
         raise RecipeError(f"The configuration file {path} is not valid {kind}: {error}") from error
@@ -133,15 +99,26 @@ def parse_override(text: str) -> dict[str, Any]:
     fields = _fields()
     if key not in fields:
         raise _unknown(key)
-    try:
-        value = yaml.load(raw, Loader=_Yaml12Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"The value of {key} is not valid YAML: {raw!r}.", "put it in quotes") from error
-    if isinstance(value, (bool, int, float)) and _takes_text(fields[key]):
-        value = raw.strip()  # a revision such as 1234567 is text
+    value = _value(key, raw, _takes_text(fields[key]))
     for part in reversed(key.split(".")):
         value = {part: value}
     return value  # type: ignore[no-any-return]
+
+
+def _value(key: str, raw: str, is_text: bool) -> Any:
+    """What an override sets: YAML. Text is taken as it stands, " #" and ": " included, but null is nothing,
+    and what is in quotes loses them."""
+    raw = raw.strip()
+    if is_text and raw not in _NULLS and not raw.startswith(("'", '"', "[", "{")):
+        return raw
+    try:
+        return yaml12.load(raw)
+    except yaml.YAMLError as error:
+        if is_text and raw.startswith(("[", "{")):
+            return raw  # text that begins with a bracket; a whole list is told as the wrong type
+        why = str(error).partition("\n")[0]
+        what = f"The value of {key} is not valid YAML: {redact(raw[:200])!r} ({why})."
+        raise RecipeError(what, "put it in quotes") from error
 
 
 def require_runnable(recipe: Recipe) -> None:
@@ -174,14 +151,42 @@ def require_runnable(recipe: Recipe) -> None:
         )
     for stage in STAGES:
         _check_stage(stage, getattr(recipe, stage))
-    if recipe.tracking.uri and holds_secret(recipe.tracking.uri):
-        # The recipe is logged and stored with every run.
-        raise RecipeError(
-            f"tracking.uri {redact(recipe.tracking.uri)!r} holds a secret (***), which would be kept with "
-            "every run.",
-            "leave it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
-            "MLFLOW_TRACKING_TOKEN, in the environment; for a database, its driver's own, such as PGPASSWORD",
-        )
+    refuse_secrets(recipe)
+
+
+def refuse_secrets(recipe: Recipe) -> None:
+    """Refuses passwords and tokens in the URIs of any setting: the recipe is stored and logged with its run.
+
+    Raises:
+        RecipeError: names the setting, and where the secret belongs; the secret itself is masked.
+    """
+    for key, value in _texts(to_dict(recipe)):
+        if "://" in value and key != "conversation.system" and holds_secret(value):
+            raise RecipeError(
+                f"{key} {redact(value)!r} holds a secret (***), which would be kept with every run.",
+                _TRACKING_LOGIN if key == "tracking.uri" else _INPUT_LOGIN,
+            )
+
+
+_TRACKING_LOGIN = (
+    "leave it out, and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+    "MLFLOW_TRACKING_TOKEN, in the environment; for a database, its driver's own, such as PGPASSWORD"
+)
+_INPUT_LOGIN = (
+    "leave it out: credentials belong in the environment of every node (AWS_ACCESS_KEY_ID and "
+    "AWS_SECRET_ACCESS_KEY, for example) or in fsspec's configuration (~/.config/fsspec/conf.json); or fetch "
+    "the file first"
+)
+
+
+def _texts(settings: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text among JSON data with its full key; places in a list are numbers."""
+    if isinstance(settings, str):
+        yield key, settings
+    elif isinstance(settings, Mapping | list):
+        inside = settings.items() if isinstance(settings, Mapping) else enumerate(settings)
+        for name, value in inside:
+            yield from _texts(value, f"{key}.{name}" if key else str(name))
 
 
 def _check_mix(data: Data) -> None:
@@ -252,7 +257,7 @@ def _refuse_unknown(settings: Mapping[str, Any]) -> None:
     for key in _keys(settings):
         section, _, _ = key.rpartition(".")
         # Below a plain value that was wrongly given a mapping, the type error says more.
-        if key not in fields and (not section or _section(fields[section]) is not None):
+        if key not in fields and (not section or (section in fields and _section(fields[section]))):
             raise _unknown(key)
 
 

@@ -16,6 +16,7 @@ from rayva.errors import ServingError
 from rayva.redaction import MASK
 from rayva.steps import SUMMARY, read_summary
 from rayva.storage import Storage
+from rayva.tracking.address import own_store
 from rayva.tracking.registry import registered_folder
 
 MODEL_FILE = "rayva.json"
@@ -67,7 +68,7 @@ def _of_run(storage: Storage, tracking_uri: str | None) -> ModelSource:
         raise ServingError(
             f"the run in {storage.root} has not registered a model yet", "finish it with pipelines/full.py"
         )
-    kept = str(tracking["tracking_uri"])
+    kept = own_store(storage) or str(tracking["tracking_uri"])
     uri = tracking_uri or (None if MASK in kept else kept) or os.environ.get(_TRACKING_URI)
     if uri is None:
         raise ServingError(
@@ -75,10 +76,11 @@ def _of_run(storage: Storage, tracking_uri: str | None) -> ModelSource:
             f"{kept}",
             f"give the whole address with --tracking-uri or {_TRACKING_URI}",
         )
-    return _registered(f"models:/{model['name']}/{model['version']}", uri)
+    return _registered(f"models:/{model['name']}/{model['version']}", uri, storage)
 
 
-def _registered(reference: str, tracking_uri: str | None) -> ModelSource:
+def _registered(reference: str, tracking_uri: str | None, run: Storage | None = None) -> ModelSource:
+    """A version of the registry; if `run` has registered it, from where the run is now."""
     found = _REGISTRY.fullmatch(reference)
     if found is None:
         raise ServingError(f"{reference} names no model", "write models:/NAME@ALIAS or models:/NAME/VERSION")
@@ -89,13 +91,20 @@ def _registered(reference: str, tracking_uri: str | None) -> ModelSource:
             f"give its address with --tracking-uri or {_TRACKING_URI}, such as sqlite:////RUN/mlflow.db",
         )
     place = registered_folder(uri, found["name"], alias=found["alias"], version=found["version"])
-    storage = Storage(place)
+    storage = Storage((run and _moved(place, run)) or place)
     if not storage.exists(MODEL_FILE):
         raise ServingError(
             f"{reference} was registered from {place}, where there is no {MODEL_FILE} any more",
-            "restore the folder, or register the model again",
+            "restore the folder, or register the model again (pipelines/full.py --force register)",
         )
     return ModelSource(storage.root, found["name"])
+
+
+def _moved(place: str, run: Storage) -> str | None:
+    """Where `place`, a model folder of a run, is in `run`, which may have been moved; None if it is not."""
+    _, steps, inside = place.rpartition("/steps/")
+    rel = f"steps/{inside}"
+    return run.uri(rel) if steps and run.exists(f"{rel}/{MODEL_FILE}") else None
 
 
 def local_folder(source: ModelSource) -> tuple[Path, Storage]:

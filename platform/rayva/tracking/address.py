@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 from rayva.errors import RayvaError
 from rayva.redaction import redact
+from rayva.steps import RECIPE
 from rayva.storage import Storage
 
 _SERVERS = ("http", "https")
@@ -27,7 +28,8 @@ def tracking_uri(given: str | None, storage: Storage) -> str:
     """The store's URI: the given one, else a SQLite file under the storage root.
 
     Raises:
-        TrackingError: no URI for a storage that cannot hold SQLite, or a URI that MLflow cannot use.
+        TrackingError: no URI for a storage that cannot hold SQLite (not a local disk, or ? or # in its path),
+            or a URI that MLflow cannot use.
     """
     if given is None:
         if not storage.is_local:
@@ -35,8 +37,24 @@ def tracking_uri(given: str | None, storage: Storage) -> str:
                 f"MLflow's own store needs a local disk, but the storage is {redact(storage.root)}.",
                 "set tracking.uri to a tracking server, for example tracking.uri=http://host:5000",
             )
+        if any(sign in storage.root for sign in "?#"):
+            # Taken for the end of the path: the file would lie elsewhere. SQLAlchemy knows no quoting.
+            raise TrackingError(
+                f"MLflow's own store cannot lie in {storage.root}: its path has ? or # in it.",
+                "choose another --storage, or set tracking.uri to a tracking server",
+            )
         return f"sqlite:///{storage.path('mlflow.db')}"
     return check_uri(given)
+
+
+def own_store(storage: Storage) -> str | None:
+    """A run's own SQLite store, where the run is now; None where its recipe names another store."""
+    if not storage.is_local or not storage.exists(RECIPE):
+        return None
+    recipe = storage.read_json(RECIPE)
+    tracking = recipe.get("tracking") if isinstance(recipe, dict) else None
+    own = isinstance(tracking, dict) and tracking.get("uri") is None
+    return tracking_uri(None, storage) if own else None
 
 
 def check_uri(given: str) -> str:

@@ -48,8 +48,9 @@ class Place:
 def register(
     place: Place, name: str, model: str, tags: Mapping[str, str], about: Mapping[str, Any], champion: bool
 ) -> Registered:
-    """Makes a version of the registered model `name`, or takes the one that has the same digest tag.
+    """Makes a version of the registered model `name`, or takes the one that has this digest and folder.
 
+    A version with the same digest in another folder is another one: that folder may go, and this one stay.
     The newest model always gets the alias `candidate`, and `champion` if it passed the gate.
 
     Args:
@@ -63,7 +64,7 @@ def register(
     server = MlflowServer(place.uri, place.experiment, place.storage)
     try:
         server.connect()
-        version = _find(server, name, tags[DIGEST_TAG])
+        version = _find(server, name, tags[DIGEST_TAG], model)
         if version is None:
             version = _create(server, place, name, model, tags, about)
         for alias in (CANDIDATE, CHAMPION) if champion else (CANDIDATE,):
@@ -88,6 +89,20 @@ def registered_folder(uri: str, name: str, *, alias: str | None = None, version:
     Raises:
         TrackingError: there is no such store, it cannot be reached, or it has no such version.
     """
+    return _folder(_entry(uri, name, alias, version))
+
+
+def aliases_now(uri: str, name: str, version: str) -> list[str]:
+    """All aliases that point at a version now; those that it had when it was registered may have moved on.
+
+    Raises:
+        TrackingError: as `registered_folder`.
+    """
+    return sorted(_entry(uri, name, None, version).aliases)
+
+
+def _entry(uri: str, name: str, alias: str | None, version: str | None) -> Any:
+    """MLflow's entry of a version."""
     wanted = f"models:/{name}@{alias}" if alias else f"models:/{name}/{version}"
     shown = redact(uri)
     file = sqlite_file(check_uri(uri))
@@ -101,7 +116,7 @@ def registered_folder(uri: str, name: str, *, alias: str | None = None, version:
         return client.get_model_version(name, version)
 
     try:
-        entry = ask(find, lambda: make_client(uri).search_registered_models(max_results=1))
+        return ask(find, lambda: make_client(uri).search_registered_models(max_results=1))
     except ServerAway as error:
         raise TrackingError(
             f"The registry {shown} with {wanted} cannot be reached ({error}).",
@@ -109,13 +124,21 @@ def registered_folder(uri: str, name: str, *, alias: str | None = None, version:
         ) from error
     except Rejected as error:
         raise TrackingError(f"The registry {shown} does not give {wanted}: {error}", _ADDRESS) from error
+
+
+def _folder(entry: Any) -> str:
     return str(entry.tags.get(MODEL_TAG, entry.source)).removeprefix("file://")
 
 
-def _find(server: MlflowServer, name: str, digest: str) -> str | None:
-    """The newest version with this digest."""
+def _find(server: MlflowServer, name: str, digest: str, model: str) -> str | None:
+    """The newest version of the model with this digest that was registered from this folder."""
     found = server.ask(lambda: server.client.search_model_versions(f"name = '{name}'"))
-    same = [int(entry.version) for entry in found if entry.tags.get(DIGEST_TAG) == digest]
+    here = model.removeprefix("file://")
+    same = [
+        int(entry.version)
+        for entry in found
+        if entry.tags.get(DIGEST_TAG) == digest and _folder(entry) == here
+    ]
     return str(max(same)) if same else None
 
 
