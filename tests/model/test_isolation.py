@@ -64,10 +64,26 @@ def test_the_layout_is_one_in_which_samples_are_alone(
 ) -> None:
     model = VisionLanguageModel(_model(kind, settings, dtype), nn.Linear(6, HIDDEN, dtype=dtype))
     model.train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert find_layout(model, packing=True) == layout
     assert model.training
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == before[name].dtype
+        assert torch.equal(tensor, before[name]), name
     assert ("see each other" in caplog.text) == (layout == "padded")
     assert find_layout(model, packing=False) == "padded"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sparse_models_in_bf16_are_not_mistaken(seed: int) -> None:
+    """Rounding sends tokens to other experts there, which looks like another sample's influence."""
+    settings = LLAMA_LIKE | {"num_hidden_layers": 12, "num_local_experts": 4}
+    model = _model("MixtralConfig", settings, torch.bfloat16)
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            nn.init.normal_(parameter, std=0.2)
+    assert find_layout(VisionLanguageModel(model, nn.Linear(6, HIDDEN, dtype=torch.bfloat16)), True) == "flat"
 
 
 def test_a_model_that_sees_padding_is_refused() -> None:
