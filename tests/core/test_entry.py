@@ -178,6 +178,9 @@ def own_signals():
         (["--recipe", "llava-7b"], "data.finetune_json=..."),
         (["--storage", "/dev/null/run"], "/dev/null/run"),
         (["--storage", "nosuch://x"], "nosuch://x"),
+        (["--storage", "s3://"], "names no place"),
+        (["tracking.uri=http://"], "names no host"),
+        (["data.captions=https://me:hunter2@host/x"], "https://***@host/x"),
     ],
 )
 def test_faults_are_one_paragraph_and_exit_code_2(

@@ -196,7 +196,8 @@ def test_the_summary_tells_what_was_not_used_or_changed(storage: Storage) -> Non
     recipe = resolve("tiny")
     assert build_summary(recipe, storage, {}, set())["samples"] == {}
     made = {
-        "data": {"quarantined": {"missing_image": 3, "bad_json": 1}, "images": 9},
+        "data": {"quarantined": {"missing_image": 3, "bad_json": 1}, "images": 9,
+                 "noted": {"image_mark_without_image": 7}},
         "features": {"quarantined": {}},
         "finetune": {"samples": 90, "distinct_samples": 30, "left_out": {"image_quarantined": 2},
                      "changed": {"truncated": 1200, "dropped_unknown_role": 3}},
@@ -208,12 +209,16 @@ def test_the_summary_tells_what_was_not_used_or_changed(storage: Storage) -> Non
         steps[name] = (folder, folder.manifest())
     summary = build_summary(recipe, storage, steps, set())
     assert summary["samples"] == {
-        "data": {"quarantined": {"missing_image": 3, "bad_json": 1}},
+        "data": {
+            "quarantined": {"missing_image": 3, "bad_json": 1},
+            "noted": {"image_mark_without_image": 7},
+        },
         "features": {"quarantined": {}},
         "finetune": made["finetune"],
     }
     text = summary_text(summary, storage)
     assert "data: 4 quarantined (3 missing_image, 1 bad_json)" in text
+    assert "data: 7 used, but perhaps not as meant (7 image_mark_without_image)" in text
     assert "finetune: 2 left out (2 image_quarantined)" in text
     assert "finetune: 1,203 changed, over all epochs (1,200 truncated, 3 dropped_unknown_role)" in text
     assert "features:" not in text

@@ -53,6 +53,7 @@ BAD_ROWS = {
     "invalid_text": [chat("\ud800", "a"), chat("q", "a\udfff"), chat("q", "a", image="\udc00.png")],
     "bad_image_field": [chat("q", "a", image=7), chat("q", "a", image=[None]), chat("q", "a", image={})],
     "more_images_in_text_than_given": [
+        chat("<image><image>", "a", "<image>", "b", images=["a.png"]),
         chat("<image>\nq", "a", "<image> and this?", "b", image="a.png"),
         chat("<image>\n" * 3, "a", image=["a.png", "b.png"]),
         chat("<image><image>\nq", "a", "<image> and this?", "b", image="a.png"),
@@ -92,6 +93,10 @@ def test_good_rows_keep_every_word():
         (chat("<image>", "An answer with <image> in it.", image="a.png"), ("a.png",)),
         (chat("<image> <image>", "a", image=["a.png", "b.png"]), ("a.png", "b.png")),
         ({"id": None, **chat("q", "a", model="gpt-4")}, ()),
+        (chat("<image>", "a", images=["a.png"]), ("a.png",)),
+        (chat("q", "a", image="", images=["a.png", "b.png"]), ("a.png", "b.png")),
+        (chat("<image>", "a", image="a.png", images=["b.png", "c.png"]), ("a.png",)),
+        (chat("q", "a", images=3), ()),
     ],
 )
 def test_forms_that_real_files_have_are_accepted(row, images):
@@ -420,3 +425,22 @@ def test_secrets_in_a_rows_addresses_do_not_reach_the_quarantine(tmp_path):
     (bad,) = bundle.rejected
     assert (bad.row_id, bad.reason) == ("https://***@host/a.png", "missing_image")
     assert bad.detail == "there is no file file:///gone.png?token=***"
+
+
+def test_rows_that_are_used_but_may_not_be_meant_so_are_counted(tmp_path):
+    rows = [
+        chat("<image>\nWhat?", "A cat.", image="a.png"),
+        chat("<image>\nWhat?", "A cat.", picture="a.png"),
+        chat("<image> <image>\nWhat?", "A cat."),
+        chat("<image>\n<image>\nWhat?", "A cat.", image="a.png"),
+        chat("Hello?", "Write <image>."),
+        chat("<image>\nWhat?", "A cat.", image="gone.png"),
+        chat("<image>", "a", images=["a.png"]),
+    ]
+    caption = chat("<image>\nDescribe.", "A cat.", image="a.png")
+    bundle = build(recipe_data(tmp_path, [caption], rows, ["a.png"], test_fraction=0.0))
+    assert len(list(bundle.pretrain)) == 1
+    assert len(list(bundle.finetune)) == 6
+    assert list(bundle.questions) == []
+    assert len(list(bundle.images)) == 1
+    assert bundle.noted == {"image_mark_without_image": 2, "image_mark_repeated": 1}

@@ -220,6 +220,19 @@ def test_the_report_adds_up(data: Path, llama_like: PreTrainedTokenizerBase) -> 
     assert {"good", "long", *REJECTED} >= set(shown) >= {"good", "long", "role"}
 
 
+def test_odd_rows_that_are_used_are_noted(tmp_path: Path, llama_like: PreTrainedTokenizerBase) -> None:
+    path = tmp_path / "rows.json"
+    rows = [
+        {"id": "none", "picture": "a.png", "conversations": turns("<image>\nq", "a")},
+        {"id": "twice", "images": ["a.png"], "conversations": turns("<image><image>\nq", "a")},
+        {"id": "without", "images": ["a.png"], "conversations": turns("q", "a")},
+    ]
+    path.write_text(json.dumps(rows))
+    inspecting = inspector(llama_like)
+    notes = [inspecting.inspect(row).note for row in read_json_rows(str(path), "data")]
+    assert [note and note[:12] for note in notes] == ["no image, so", "<image> repe", "no <image> i"]
+
+
 def test_the_report_obeys_no_terminal_codes(tmp_path: Path, llama_like: PreTrainedTokenizerBase) -> None:
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([{"id": "x", "conversations": turns("\033[2J", "\033[31mred")}]))

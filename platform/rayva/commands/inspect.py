@@ -18,7 +18,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, TextIO, cast
 
 from rayva.data.json_rows import JsonRow, read_json_rows
-from rayva.data.llava_json import collapse_markers, count_markers, parse_row, row_name
+from rayva.data.llava_json import Noted, collapse_markers, count_markers, image_field, parse_row, row_name
 from rayva.data.locations import ImageFolder
 from rayva.data.quarantine import BadRow, printable
 from rayva.data.schema import IMAGE_PLACEHOLDER, Role, Turn
@@ -183,8 +183,16 @@ class Inspector:
         return messages_from_turns(parsed.turns, len(parsed.images))
 
 
+_NOTES: dict[Noted, str] = {
+    "image_mark_without_image": f"no image, so {IMAGE_PLACEHOLDER} in the text stays text",
+    "image_mark_repeated": f"{IMAGE_PLACEHOLDER} repeated in a turn, beyond the images: counts once",
+}
+
+
 def _note(value: Any) -> str | None:
-    if value.get("image") and not count_markers(_lenient_turns(value)):
+    if noted := parse_row(value).noted:
+        return _NOTES[noted[0]]
+    if image_field(value) and not count_markers(_lenient_turns(value)):
         return f"no {IMAGE_PLACEHOLDER} in the text: images go before the first question"
     return None
 
@@ -207,7 +215,7 @@ def _lenient_messages(value: object) -> list[Message]:
         BadConversation: there is no conversation to be found in the row.
     """
     turns = _lenient_turns(value)
-    images = value.get("image") if isinstance(value, dict) else None
+    images = image_field(value) if isinstance(value, dict) else None
     n_images = len(images) if isinstance(images, list) else int(bool(images))
     if not n_images:
         return messages_from_turns(turns, 0)

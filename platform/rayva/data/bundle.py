@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -25,8 +26,9 @@ class Lazy(Generic[T]):
 class DatasetBundle:
     """Images, the samples of both stages, and held-out questions.
 
-    Each of the four can be iterated once or more, and may be read lazily. `rejected` is complete
-    only when all four have been read to their ends.
+    Each of the four can be iterated once or more, and may be read lazily. `rejected`, and `noted` (how many
+    rows are used though something is odd about them, by what it is), are complete only when all four have
+    been read to their ends.
     """
 
     images: Iterable[ImageRecord]
@@ -34,3 +36,4 @@ class DatasetBundle:
     finetune: Iterable[Sample]
     questions: Iterable[Question]
     rejected: list[Rejected] = field(default_factory=list)
+    noted: Counter[str] = field(default_factory=Counter)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -32,6 +33,10 @@ from rayva.data.splits import UniqueIds, held_out
 from rayva.errors import RecipeError
 from rayva.recipes.schema import STAGES, Data, StageName
 
+Noted = Literal["image_mark_without_image", "image_mark_repeated"]
+"""A row without images has `<image>` in a question, where it stays text; a turn repeats `<image>` beyond the
+images there are, and the repetitions are left out. Both may be a mistake in the file."""
+
 
 @dataclass(frozen=True, slots=True)
 class LlavaRow:
@@ -40,6 +45,8 @@ class LlavaRow:
     row_id: str | None
     images: tuple[str, ...]
     turns: tuple[Turn, ...]
+    noted: tuple[Noted, ...] = ()
+    """What is odd about it, though it can be used."""
 
 
 def parse_row(value: object) -> LlavaRow:
@@ -48,7 +55,8 @@ def parse_row(value: object) -> LlavaRow:
     No row is refused for what is said in it: empty turns, a last question without answer and an
     answer before the first question stay, and the template decides how they are written. Rows without
     images may hold the text `<image>`; in rows with images every `<image>` needs its image, where
-    repetitions within a turn count once if there are too many, as the original reads them.
+    repetitions within a turn count once if there are too many, as the original reads them; both are `noted`.
+    A list under `images` stands for `image` where that has nothing.
 
     Raises:
         BadRow: with reason "not_an_object", "no_conversations", "malformed_turn", "unknown_role",
@@ -58,9 +66,18 @@ def parse_row(value: object) -> LlavaRow:
     if not isinstance(value, dict):
         raise BadRow("not_an_object", f"the row is a {type(value).__name__}")
     turns = _parse_turns(value.get("conversations"))
-    images = _parse_images(value.get("image"))
-    turns = _matched_markers(turns, len(images))
-    return LlavaRow(row_name(value), images, turns)
+    images = _parse_images(image_field(value))
+    matched = _matched_markers(turns, len(images))
+    noted: tuple[Noted, ...] = ("image_mark_repeated",) if matched != turns else ()
+    if not images and count_markers(turns):
+        noted = ("image_mark_without_image",)
+    return LlavaRow(row_name(value), images, matched, noted)
+
+
+def image_field(value: dict[str, object]) -> object:
+    """`image`; where it has nothing, a list under `images`, as Hugging Face's tables call it."""
+    image, images = value.get("image"), value.get("images")
+    return images if image in (None, "") and isinstance(images, list) else image
 
 
 def row_name(value: dict[str, object]) -> str | None:
@@ -110,17 +127,20 @@ def build(data: Data) -> DatasetBundle:
                 f"set data.{setting}=PATH (a LLaVA JSON file or JSON Lines; both stages may use one file)",
             )
     rejects: list[Rejected] = []
+    noted: Counter[str] = Counter()
     held_out_file = held_out_questions(data) if data.held_out_json else None
     pretrain, finetune = (_of_stage(stage, data, held_out_file) for stage in STAGES)
     # Rows of the stage-2 file are told of when it is read as samples.
-    asked, asked_rejects = (held_out_file, rejects) if held_out_file else (finetune, [])
+    asked = held_out_file or finetune
+    asked_rejects, asked_noted = (rejects, noted) if held_out_file else ([], Counter())
     files = dict.fromkeys((pretrain, finetune, asked))
     return DatasetBundle(
         images=Lazy(lambda: distinct(chain.from_iterable(file.images() for file in files))),
-        pretrain=Lazy(lambda: pretrain.samples(rejects)),
-        finetune=Lazy(lambda: finetune.samples(rejects)),
-        questions=Lazy(lambda: asked.questions(asked_rejects)),
+        pretrain=Lazy(lambda: pretrain.samples(rejects, noted)),
+        finetune=Lazy(lambda: finetune.samples(rejects, noted)),
+        questions=Lazy(lambda: asked.questions(asked_rejects, asked_noted)),
         rejected=rejects,
+        noted=noted,
     )
 
 
@@ -189,30 +209,30 @@ class LlavaFile:
     all_held_out: bool = False
     """Every row is a question, and may say how it is graded and of what kind it is."""
 
-    def samples(self, rejects: list[Rejected]) -> Iterator[Sample]:
-        """What is trained on; refused rows are added to `rejects`."""
-        return (row.sample for row in self._rows(rejects) if row.split == "train")
+    def samples(self, rejects: list[Rejected], noted: Counter[str]) -> Iterator[Sample]:
+        """What is trained on; refused rows are added to `rejects`, odd ones counted in `noted`."""
+        return (row.sample for row in self._rows(rejects, noted) if row.split == "train")
 
     def images(self) -> Iterator[ImageRecord]:
         """The images of samples and questions, as often as they occur."""
-        for row in self._rows([]):
+        for row in self._rows([], Counter()):
             if row.split == "test" and not (self.asks and _question(row)):
                 continue
             for image_id, uri in zip(row.sample.image_ids, row.uris, strict=True):
                 yield ImageRecord(image_id, row.split, uri=uri)
 
-    def questions(self, rejects: list[Rejected]) -> Iterator[Question]:
-        """Held-out rows that can be graded; none unless it `asks`. Refused rows are added to `rejects`."""
-        for row in self._rows(rejects) if self.asks else ():
+    def questions(self, rejects: list[Rejected], noted: Counter[str]) -> Iterator[Question]:
+        """Held-out rows that can be graded; none unless it `asks`. The rest as in `samples`."""
+        for row in self._rows(rejects, noted) if self.asks else ():
             if row.split == "test" and (question := _question(row)):
                 yield question
 
     @functools.cached_property
     def image_uris(self) -> frozenset[str]:
         """All images of the file, whether or not anything is asked about them."""
-        return frozenset(uri for row in self._rows([]) for uri in row.uris)
+        return frozenset(uri for row in self._rows([], Counter()) for uri in row.uris)
 
-    def _rows(self, rejects: list[Rejected]) -> Iterator[_Located]:
+    def _rows(self, rejects: list[Rejected], noted: Counter[str]) -> Iterator[_Located]:
         ids, folder = UniqueIds(), ImageFolder(self.root)
         for row in read_json_rows(self.uri, self.setting):
             name = f"row-{row.index}"
@@ -222,9 +242,12 @@ class LlavaFile:
                 parsed = parse_row(row.value)
                 name = ids.claim(parsed.row_id or name)
                 said = row.value if self.all_held_out else {}
-                yield self._locate(name, parsed, folder, _grading(said.get("match"), parsed), _kind(said))
+                located = self._locate(name, parsed, folder, _grading(said.get("match"), parsed), _kind(said))
             except BadRow as error:
                 rejects.append(rejected(self.uri, name, error))
+                continue
+            noted.update(parsed.noted)
+            yield located
 
     def _locate(
         self, name: str, row: LlavaRow, folder: ImageFolder, match: Match | None, kind: str | None

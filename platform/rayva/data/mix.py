@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -35,6 +36,7 @@ def build(data: Data, brief: Sequence[str], detailed: Sequence[str]) -> DatasetB
         DataError: a file is missing or cannot be read.
     """
     rejects: list[Rejected] = []
+    noted: Counter[str] = Counter()
     prefixes = _Prefixes()
     held_out = None
     if data.held_out_json:
@@ -53,25 +55,26 @@ def build(data: Data, brief: Sequence[str], detailed: Sequence[str]) -> DatasetB
 
     asked: list[_Source] = [held_out] if held_out else sources["finetune"]
     # Rows of the stage-2 files are told of when they are read as samples.
-    asked_rejects = rejects if held_out else []
+    asked_sinks = (rejects, noted) if held_out else ([], Counter())
     every_source = [*sources["finetune"], *sources["pretrain"], *(asked if held_out else [])]
     return DatasetBundle(
         images=Lazy(lambda: distinct(chain.from_iterable(source.images() for source in every_source))),
-        pretrain=every("pretrain", lambda source: source.samples(rejects)),
-        finetune=every("finetune", lambda source: source.samples(rejects)),
-        questions=Lazy(lambda: chain.from_iterable(source.questions(asked_rejects) for source in asked)),
+        pretrain=every("pretrain", lambda source: source.samples(rejects, noted)),
+        finetune=every("finetune", lambda source: source.samples(rejects, noted)),
+        questions=Lazy(lambda: chain.from_iterable(source.questions(*asked_sinks) for source in asked)),
         rejected=rejects,
+        noted=noted,
     )
 
 
 class _Source(Protocol):
     """One dataset in one stage."""
 
-    def samples(self, rejects: list[Rejected]) -> Iterator[Sample]: ...
+    def samples(self, rejects: list[Rejected], noted: Counter[str]) -> Iterator[Sample]: ...
 
     def images(self) -> Iterator[ImageRecord]: ...
 
-    def questions(self, rejects: list[Rejected]) -> Iterator[Question]: ...
+    def questions(self, rejects: list[Rejected], noted: Counter[str]) -> Iterator[Question]: ...
 
 
 class _Prefixes:
@@ -133,7 +136,7 @@ class _Captions:
         uris = self.held_out.image_uris if self.held_out else frozenset()
         return frozenset(image.image_id for image in self.bundle.images if image.uri in uris)
 
-    def samples(self, rejects: list[Rejected]) -> Iterator[Sample]:
+    def samples(self, rejects: list[Rejected], noted: Counter[str]) -> Iterator[Sample]:
         rejects.extend(self.bundle.rejected)
         for sample in self.bundle.pretrain if self.stage == "pretrain" else self.bundle.finetune:
             if not self._left_out.isdisjoint(sample.image_ids):
@@ -149,7 +152,7 @@ class _Captions:
             if image.split == "train" or self.stage == "finetune":
                 yield replace(image, image_id=self.prefix + image.image_id)
 
-    def questions(self, rejects: list[Rejected]) -> Iterator[Question]:
+    def questions(self, rejects: list[Rejected], noted: Counter[str]) -> Iterator[Question]:
         for question in self.bundle.questions:
             name, image_id = f"{self.label}/{question.question_id}", self.prefix + question.image_id
             yield replace(question, question_id=name, image_id=image_id)

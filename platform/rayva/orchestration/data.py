@@ -72,6 +72,7 @@ def run(ctx: StepContext) -> StepResult:
     quarantine = ctx.folder.join("quarantine.parquet")
     write_records(ctx.storage, quarantine, Rejected, bundle.rejected)
     outputs["quarantined"] = count_reasons(bundle.rejected)
+    outputs["noted"] = dict(bundle.noted.most_common())
     if ctx.recipe.data.is_mix:
         outputs["datasets"] = {
             stage: {one.label: counts[one.label] for one in ctx.recipe.data.datasets(stage)}

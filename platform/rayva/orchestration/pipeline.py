@@ -281,6 +281,7 @@ def _default_tracker(recipe: Recipe, storage: Storage) -> JobTracker:
 def _start(recipe: Recipe, storage: Storage) -> None:
     from rayva.orchestration.startup import start_ray
 
+    tracking_uri(recipe.tracking.uri, storage)  # where it cannot be used, Ray need not start
     start_ray(recipe, storage)
 
 

@@ -18,7 +18,7 @@ _GROUNDING = ("accuracy", "accuracy_shuffled_images", "accuracy_no_image", "ques
 
 
 _COUNTED = {
-    "data": ("quarantined",),
+    "data": ("quarantined", "noted"),
     "features": ("quarantined",),
     "pretrain": ("samples", "distinct_samples", "left_out", "changed"),
     "finetune": ("samples", "distinct_samples", "left_out", "changed"),
@@ -41,8 +41,9 @@ def build_summary(
 
     `datasets` has a mix's counts: samples by stage and dataset under `data`, and `samples` and `visited`
     by dataset under each stage. `samples` tells of rows that were not used, or not as they are: under `data`
-    and `features` what is quarantined, under each stage what is left out before it starts and what is changed
-    on the way (truncated, dropped), all by reason; a sample that is changed in each epoch counts each time.
+    and `features` what is quarantined, under `data` also what is used but `noted` as odd, under each stage
+    what is left out before it starts and what is changed on the way (truncated, dropped), all by reason; a
+    sample that is changed in each epoch counts each time.
     Under `evaluate` it is the held-out questions that were not asked.
     """
     done = {name: (folder, manifest) for name, (folder, manifest) in steps.items() if manifest}
@@ -167,7 +168,12 @@ def _mix(summary: Mapping[str, Any]) -> list[str]:
 
 def _not_as_they_are(summary: Mapping[str, Any]) -> list[str]:
     """Rows and samples that were not used, or not whole; nothing where all were."""
-    words = {"quarantined": "quarantined", "left_out": "left out", "changed": "changed, over all epochs"}
+    words = {
+        "quarantined": "quarantined",
+        "noted": "used, but perhaps not as meant",
+        "left_out": "left out",
+        "changed": "changed, over all epochs",
+    }
     lines = []
     for step, counts in summary.get("samples", {}).items():
         for key, what in words.items():
