@@ -10,10 +10,12 @@ from fastapi import FastAPI
 from PIL import Image
 from pydantic import Field, ValidationError
 from ray import serve
-from ray.exceptions import RayActorError, TaskUnschedulableError
+from ray.exceptions import RayActorError, TaskCancelledError, TaskUnschedulableError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Message as AsgiMessage
 
 from rayva.errors import ServingError
 from rayva.recipes.schema import Config, Dtype, Serving
@@ -112,7 +114,29 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         application = serve.get_replica_context().app_name
-        return build_api(RemoteEngine(self._model, application), self._settings)
+        api = build_api(RemoteEngine(self._model, application), self._settings)
+        api.add_middleware(Departures)
+        return api
+
+
+class Departures:
+    """Tells the application of a client that left in ASGI's way.
+
+    Serve cancels such a request, and an application that waits for the client then gets an exception from it,
+    which would be logged as a failure.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def receive_or_leave() -> AsgiMessage:
+            try:
+                return await receive()
+            except TaskCancelledError:
+                return {"type": "http.disconnect"}
+
+        await self._app(scope, receive_or_leave, send)
 
 
 def build_application(args: dict[str, Any]) -> serve.Application:
