@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import urllib.error
 import urllib.request
@@ -184,6 +185,12 @@ def test_bad_image_is_refused(client: openai.OpenAI, bad: str, code: str) -> Non
         client.chat.completions.create(model="tiny", messages=question("What?", bad))
     assert caught.value.code == code
     assert "image 0" in str(caught.value)
+
+
+def test_base64_in_lines_is_told(client: openai.OpenAI) -> None:
+    lines = f"data:image/png;base64,{base64.encodebytes(picture()).decode()}"
+    with pytest.raises(openai.BadRequestError, match="on one line"):
+        client.chat.completions.create(model="tiny", messages=question("What?", lines))
 
 
 def test_too_many_images(client: openai.OpenAI) -> None:

@@ -1,4 +1,4 @@
-"""A client that leaves in the middle of a streamed answer, as Serve tells the application of it."""
+"""A client that leaves in the middle of its request or of a streamed answer, as Serve tells of it."""
 
 from __future__ import annotations
 
@@ -59,3 +59,19 @@ def test_leaving_ends_the_answer_and_is_no_failure() -> None:
     asyncio.run(asyncio.wait_for(api(dict(SCOPE), receive, send), 60))
     assert heard.is_set()
     assert engine.closed
+
+
+def test_leaving_before_the_request_is_whole_is_no_failure() -> None:
+    api = build_api(Endless(), ApiSettings("tiny", LIMITS))
+    api.add_middleware(Departures)
+    requests = [{"type": "http.request", "body": b'{"model": "ti', "more_body": True}]
+
+    async def receive() -> dict[str, Any]:
+        if requests:
+            return requests.pop()
+        raise TaskCancelledError
+
+    async def send(message: dict[str, Any]) -> None:
+        assert message.get("status") != 500
+
+    asyncio.run(asyncio.wait_for(api(dict(SCOPE), receive, send), 60))

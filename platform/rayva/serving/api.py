@@ -20,6 +20,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from rayva.recipes.schema import Serving
 from rayva.serving.engine import Engine, Piece
@@ -205,10 +206,14 @@ def _add_error_handlers(api: FastAPI) -> None:
         body = ApiError(error.status_code, str(error.detail)).body()
         return JSONResponse(body, status_code=error.status_code)
 
+    async def left(_: Request, error: Exception) -> Response:
+        return Response(status_code=400)  # nobody reads it: the client went before its request was whole
+
     async def unknown(_: Request, error: Exception) -> Response:
         logger.error("request failed", exc_info=error)
         return JSONResponse(ApiError(500, "the server failed; see its log").body(), status_code=500)
 
     api.add_exception_handler(ApiError, known)
     api.add_exception_handler(HTTPException, routing)
+    api.add_exception_handler(ClientDisconnect, left)
     api.add_exception_handler(Exception, unknown)

@@ -66,6 +66,6 @@ def _decode_uri(uri: str, index: int, max_bytes: int) -> bytes:
     try:
         return base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError):
-        raise bad_request(
-            f"image {index}: the data URI is not valid base64", "messages", "invalid_base64"
-        ) from None
+        wrapped = " (it is to stand on one line, as `base64 -w0` writes it)" if "\n" in body else ""
+        what = f"image {index}: the data URI is not valid base64{wrapped}"
+        raise bad_request(what, "messages", "invalid_base64") from None
