@@ -33,16 +33,29 @@ _NUMBER = r"(?:0?\.\d+|1\.0+)"
 _COORDINATES = re.compile(rf"[\[(]\s*{_NUMBER}\s*,\s*{_NUMBER}|\b[xy][12]?\s*=\s*{_NUMBER}|\b0\.\d{{3}}\b")
 _REFUSAL = re.compile(
     r"\bas an? (?:ai|artificial|language|text)\b.{0,30}\b(?:model|assistant|intelligence)\b"
-    r"|\bI(?:'m| am) (?:very |so )?(?:sorry|afraid|unable)\b|\bI apologi[sz]e\b"
+    r"|\bas an ai, i\b|\A\W*sorry, (?:but|i)\b|\bI apologi[sz]e\b"
+    r"|\bI(?:'m| am) (?:very |so )?(?:sorry|afraid|unable|not (?:able|allowed|permitted) to)\b"
     r"|\bI (?:can(?:no|')t|can not|could not|do not|don't) "
     r"(?:actually )?(?:(?:see|view)(?! any\b(?! (?:image|picture|photo)))"
-    r"|have (?:access|the ability)|access|assist|help|provide|fulfill?|comply)\b",
+    r"|have (?:access|the ability)|access|assist|help|provide|fulfill?|comply"
+    r"|(?:describe|discuss|analy[sz]e|process|identify) (?:an |the |this |these |such )?"
+    r"(?:images?|pictures?|photos?|content|people|persons?|requests?))\b"
+    r"|\bI (?:must|have to|need to)(?: \w+ly)? (?:decline|refuse)\b"
+    r"|\b(?:this|that|your) request\b[^.\n]{0,80}\b(?:declined|refused|denied|violates?)\b"
+    r"|\b(?:violat\w+|against) (?:our|my|the) (?:content|usage|use|safety) (?:polic(?:y|ies)|guidelines)\b",
     re.IGNORECASE,
 )
 _NO_IMAGE = re.compile(
     r"\bno (?:image|picture|photo) (?:was|is|has been) (?:provided|given|attached)\b"
-    r"|\b(?:provide|upload|share|attach) (?:an|the|your) (?:image|picture|photo)\b"
     r"|\bwithout (?:seeing|access to) the (?:image|picture|photo)\b",
+    re.IGNORECASE,
+)
+# People in a picture share their photos, too: only who is spoken to is asked for one, and for us.
+_ASKS_FOR_IMAGE = re.compile(
+    r"(?:\A|[.!?]\s+|\b(?:please|kindly|feel free to|if you|you to|(?:can|could|would|will) you"
+    r"|you(?:'ll| will)? (?:need|have) to)\b[^.!?\n]{0,30}?\b)"
+    r"(?:provide|upload|share|attach|send) (?:me |us )?(?:an?|the|your|another) (?:image|picture|photo)\b"
+    r"(?! (?:online|(?:with|on|to) (?:an?|the|your|friends|family|others|people|social)\b))",
     re.IGNORECASE,
 )
 _ABOUT_OUR_TASK = r"[^\n]{0,100}\b(?:description|answer|question|conversation)s?\b[^\n]{0,60}:[ \t*]*\n"
@@ -101,7 +114,8 @@ def is_refusal(text: str) -> bool:
 
 def misses_image(kind: Kind, pairs: Sequence[Pair], context: Context) -> str | None:
     """Says that there is no image, or asks for one."""
-    return _find(_NO_IMAGE, [pair.answer for pair in pairs])
+    answers = [pair.answer for pair in pairs]
+    return _find(_NO_IMAGE, answers) or _find(_ASKS_FOR_IMAGE, answers)
 
 
 def replies_to_the_prompt(kind: Kind, pairs: Sequence[Pair], context: Context) -> str | None:
