@@ -53,10 +53,18 @@ BROKEN = [
     ("mentions_caption", "What is it?", "The second caption says that it is a dog."),
     ("mentions_caption", "What is it?", "Based on the descriptions, it is a dog."),
     ("mentions_caption", "What is it?", "From the information provided, it is a dog."),
+    ("mentions_caption", "What is it?", "According to the sentences, two dogs play."),
+    ("mentions_caption", "What is it?", "The descriptions mention a man and two dogs."),
+    ("mentions_caption", "What is it?", "The first sentence says that dogs play."),
+    ("mentions_caption", "What is it?", "The sentences don't mention a cat."),
+    ("mentions_caption", "What is it?", "From the information provided to me, it is a dog."),
     ("mentions_bounding_box", "What is it?", "The bounding box of the dog is large."),
+    ("mentions_bounding_box", "Where is it?", "The coordinates of the dog are on the left."),
+    ("mentions_bounding_box", "Where is it?", "On the left, as its coordinates suggest."),
     ("mentions_bounding_box", "Where are the dog's coordinates?", "On the left."),
     ("leaks_coordinates", "Where is it?", "The dog is at [0.12, 0.25, 0.3, 0.4]."),
     ("leaks_coordinates", "Where is it?", "It begins at 0.372 from the left."),
+    ("leaks_coordinates", "Where is it?", "The dog lies at 0.10, 0.12 and the bench is at 0.33, 0.45."),
     ("repeats_itself", "What is it?", "It is a dog " + "and a dog " * 6 + "."),
     ("repeats_itself", "What is it?", "The dog is very happy. " * 3),
     ("contradicts_count", "What is there?", "There are three dogs in the park."),
@@ -98,6 +106,15 @@ FINE = [
     ("What then?", "They could upload the photo to social media."),
     ("What then?", "If you visit the park, you can share the photo with friends."),
     ("Why?", "The dogs are not able to climb the tree, and the man declined to help, against the rules."),
+    ("What for?", "There is information provided for tourists, given at the desk of the park."),
+    ("What is on it?", "The plaque provided information about the park."),
+    ("How do they play?", "The players coordinate their movements, and one coordinates the team."),
+    (
+        "Why is it odd?",
+        "The colors of the coat and the hat coordinate well, as the man coordinates his clothes.",
+    ),
+    ("What does it cost?", "Apples sell at 0.50, 0.75 or 0.90 dollars, and pears at 0.20, 0.30 euros."),
+    ("What does it say?", "The description of the park on the board mentions dogs."),
     ("Is it easy?", "I cannot describe how happy the dogs look."),
     ("What do they choose?", "Based on the descriptions on the menu, they choose soup."),
     ("What helps?", "The information given by the signs helps people to find the way."),
@@ -145,6 +162,12 @@ def test_good_answers_are_left_alone(question: str, answer: str) -> None:
 
 def test_every_rule_has_a_case() -> None:
     assert {rule for rule, _, _ in BROKEN} | {"too_short"} == set(RULES)
+
+
+def test_sentences_in_the_picture_may_be_spoken_of() -> None:
+    said = [Pair("What is there?", "The first sentence says that dogs must be on a leash.")]
+    assert check("conversation", said, PARK) == "mentions_caption"
+    assert check("conversation", said, Context("p", "p.jpg", ("A sign in a park.",))) is None
 
 
 def test_a_caption_outweighs_the_boxes() -> None:

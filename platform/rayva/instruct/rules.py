@@ -23,14 +23,41 @@ _CAPTION = re.compile(r"\bcaptions?\b", re.IGNORECASE)
 _SENTENCES = re.compile(
     r"\b(?:as|given|provided|mentioned|described|stated|listed) (?:in|by) the "
     r"(?:sentences?|descriptions?|text|list|context|annotations?)\b"
-    r"|\b(?:provided|given) (?:sentences?|descriptions?|annotations?|information|context)\b"
-    r"|\b(?:sentences?|descriptions?|annotations?|information|context) (?:provided|given)\b(?! by)"
-    r"|\bbased on the (?:sentences?|descriptions?|annotations?)\b(?! (?:on|in))",
+    r"|\b(?:provided|given) (?:sentences?|descriptions?|annotations?|context)\b"
+    r"|\b(?:the|this|from|on) (?:provided|given) information\b"
+    r"|\b(?:sentences?|descriptions?|annotations?|information|context) (?:provided|given)\b"
+    # Information is also given by signs, for tourists and at a desk; but not about "this image".
+    r"(?! (?:by|for|to|at|on|in|with)\b(?! (?:me\b|(?:the|this) (?:image|picture|photo|scene))))"
+    r"|\b(?:based on|according to) the (?:sentences?|descriptions?|annotations?)\b(?! (?:on|in|of)\b)",
     re.IGNORECASE,
 )
-_BOX = re.compile(r"\b(?:bounding[ -]?box(?:es)?|bbox(?:es)?|coordinates?)\b", re.IGNORECASE)
+_SENTENCE_SAYS = re.compile(
+    r"\bthe (?:(?:first|second|third|fourth|fifth|last|other|given) )?(?:sentence|description|annotation)s? "
+    r"(?:also |only |do not |does not |don't |doesn't )?"
+    r"(?:say|state|mention|describe|note|indicate|suggest|specify|specifie|tell)s?\b",
+    re.IGNORECASE,
+)
+_WRITTEN = re.compile(
+    r"\b(?:text|sentences?|descriptions?|annotations?|words?|writing|written|letters?|notes?|pages?|books?"
+    r"|newspapers?|magazines?|menus?|signs?|posters?|labels?|screens?|monitors?)\b",
+    re.IGNORECASE,
+)
+"""What there is to read in a picture: its sentences are not those of the prompt."""
+_BOX = re.compile(
+    r"\b(?:bounding[ -]?box(?:es)?|bbox(?:es)?"
+    # "Coordinates" as a noun: "the players coordinate their movements" is about no box.
+    r"|(?:the|these|those|its|their|given|provided|exact|\w+'s|[xy]|pixel|spatial|normali[sz]ed|image|box"
+    r"|with|at|by|of|in|from|on) coordinates?"
+    r"|coordinates (?=[\[(:\d]|(?:of|are|for|indicate|suggest|show|given|provided)\b))",
+    re.IGNORECASE,
+)
 _NUMBER = r"(?:0?\.\d+|1\.0+)"
-_COORDINATES = re.compile(rf"[\[(]\s*{_NUMBER}\s*,\s*{_NUMBER}|\b[xy][12]?\s*=\s*{_NUMBER}|\b0\.\d{{3}}\b")
+_MORE_NUMBERS = r"(?!\d|\s*%|,? (?:and|or) [\d$]| (?:\w+ )?(?:dollar|cent|euro|pound|met|lit|kilo|mile)\w*)"
+"""Not behind a place: the numbers are prices or measures."""
+_COORDINATES = re.compile(
+    rf"[\[(]\s*{_NUMBER}\s*,\s*{_NUMBER}|\b[xy][12]?\s*=\s*{_NUMBER}|\b0\.\d{{3}}\b"
+    rf"|\b(?:at|from|around|near|position) {_NUMBER}\s*,\s*{_NUMBER}{_MORE_NUMBERS}"
+)
 _REFUSAL = re.compile(
     r"\bas an? (?:ai|artificial|language|text)\b.{0,30}\b(?:model|assistant|intelligence)\b"
     r"|\bas an ai, i\b|\A\W*sorry, (?:but|i)\b|\bI apologi[sz]e\b"
@@ -88,8 +115,12 @@ def _find(pattern: re.Pattern[str], texts: Iterator[str] | Sequence[str]) -> str
 
 def mentions_caption(kind: Kind, pairs: Sequence[Pair], context: Context) -> str | None:
     """Speaks of captions or of given sentences, unless the context itself does ("a page with a caption")."""
-    about_captions = _find(_CAPTION, context.captions) is not None
-    return (None if about_captions else _find(_CAPTION, _texts(pairs))) or _find(_SENTENCES, _texts(pairs))
+    patterns = [_SENTENCES]
+    if _find(_CAPTION, context.captions) is None:
+        patterns.append(_CAPTION)
+    if _find(_WRITTEN, (*context.captions, *(instance.category for instance in context.instances))) is None:
+        patterns.append(_SENTENCE_SAYS)
+    return next((found for pattern in patterns if (found := _find(pattern, _texts(pairs)))), None)
 
 
 def mentions_bounding_box(kind: Kind, pairs: Sequence[Pair], context: Context) -> str | None:
