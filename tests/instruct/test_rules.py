@@ -184,7 +184,7 @@ def test_good_answers_are_left_alone(question: str, answer: str) -> None:
 
 
 def test_every_rule_has_a_case() -> None:
-    assert {rule for rule, _, _ in BROKEN} | {"too_short"} == set(RULES)
+    assert {rule for rule, _, _ in BROKEN} | {"too_short", "nonsense"} == set(RULES)
 
 
 def test_sentences_in_the_picture_may_be_spoken_of() -> None:
@@ -238,6 +238,40 @@ def test_a_crowd_is_there_and_a_caption_may_deny_it() -> None:
 def test_short_descriptions_are_refused() -> None:
     assert check("detail", [Pair("Describe it.", "Two dogs.")], PARK) == "too_short"
     assert check("reasoning", [Pair("Why?", "They play.")], PARK) == "too_short"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "asdf qwer zxcv hjkl uiop bnm asdf2 qwer3 zxcv4 lkjh",
+        "#### %%% 123 &&& lorem ipsum dolor sit amet consectetur adipiscing elit.",
+        "Lorem ipsum dolor sit amet, consectetur adipiscing elit, sed do eiusmod tempor ut labore.",
+        "#### %%% 123 &&& 4 5 6 7 8 9 !!",
+        '{"error": {"message": "The server had an error while it was asked for dogs in a park"}}',
+        '[{"object": "a dog in a park", "where": "on the left, beside the man and the bench"}]',
+        "<html><body>The dogs in the park are on the grass, and a man is near.</body></html>",
+    ],
+)
+def test_nonsense_is_no_description(text: str) -> None:
+    assert check("detail", [Pair("Describe it.", text)], PARK) == "nonsense"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Zwei Hunde spielen im Park auf dem Gras neben einer Bank.",
+        "Deux chiens jouent dans un parc avec un homme sur un banc.",
+        "Dos perros juegan en el parque con un hombre cerca de un banco.",
+        "Dwa psy graja na trawie w parku obok duzej lawki.",
+        "Dua ekor anjing bermain di taman dengan seorang pria yang duduk.",
+        "Kaksi koiraa leikkii puistossa ja mies istuu penkilla heidan vieressaan.",
+        "Dogs. Grass. Trees. Bench. Shade. Summer. Leaves. Happiness. Friendship.",
+        "An animal runs through this meadow with great joy, tongue out, ears up.",
+        "[Two dogs] play in the park, and {one man} looks on from a bench.",
+    ],
+)
+def test_plain_words_of_any_language_are_no_nonsense(text: str) -> None:
+    assert check("detail", [Pair("Describe it.", text)], PARK) is None
 
 
 @pytest.mark.parametrize(

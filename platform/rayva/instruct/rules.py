@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from rayva.instruct.contexts import Context, Kind
 from rayva.instruct.contradictions import contradicts_category, contradicts_count
+from rayva.instruct.nonsense import nonsense
 from rayva.instruct.parse import Pair
 
 Rule = Callable[[Kind, Sequence[Pair], Context], str | None]
@@ -203,6 +204,7 @@ RULES: dict[str, Rule] = {
     "mentions_caption": mentions_caption,
     "mentions_bounding_box": mentions_bounding_box,
     "leaks_coordinates": leaks_coordinates,
+    "nonsense": nonsense,
     "not_a_question": not_a_question,
     "too_short": too_short,
     "repeats_itself": repeats_itself,
