@@ -137,13 +137,14 @@ def _stated_more(answer: str, names: str) -> Iterator[str]:
     """N where an answer says of the picture that it has N dogs, all or some: "three dogs lie on a couch"."""
     start = (
         r"(?:\bthere (?:is|are)"
-        rf"|\b{_IMAGE} (?:features|shows|contains|depicts|has|displays|includes|captures)"
+        rf"|\b{_IMAGE} (?:features|shows|contains|depicts|has|displays|includes|captures)|\bscene with"
         rf"|\b(?:in|on) (?:the|this) {_IMAGE},?(?: (?:there are|(?:i|we|you) can see|(?:i|we|you) see))?"
         r"|\b(?:i|we) (?:can )?(?:see|count|spot))"
     )
-    for found in re.finditer(
-        rf"{start} (?:exactly |only |a total of |just )?(\w+) {names}{_CLAIMED_MORE}", answer
-    ):
+    claim = rf"(\w+) {names}"
+    counted = rf"{start} (?:exactly |only |a total of |just )?{claim}{_CLAIMED_MORE}"
+    first = rf"\A(?:the )?{claim} (?:is|are) \w+ing\b"
+    for found in (*re.finditer(counted, answer), *re.finditer(first, answer)):
         if not _supposed(answer, found.start()):
             yield found[1]
 

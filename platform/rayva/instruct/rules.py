@@ -25,7 +25,7 @@ _SENTENCES = re.compile(
     r"\b(?:as|given|provided|mentioned|described|stated|listed) (?:in|by) the "
     r"(?:sentences?|descriptions?|text|list|context|annotations?)\b"
     r"|\b(?:provided|given) (?:sentences?|descriptions?|annotations?|context)\b"
-    r"|\b(?:the|this|from|on) (?:provided|given) information\b"
+    r"|\b(?:the|this|from|on) (?:provided|given) information\b(?! (?:at|by|for|on)\b)"
     r"|\b(?:sentences?|descriptions?|annotations?|information|context) (?:provided|given)\b"
     # Information is also given by signs, for tourists and at a desk; but not about "this image".
     r"(?! (?:by|for|to|at|on|in|with)\b(?! (?:me\b|(?:the|this) (?:image|picture|photo|scene))))"
@@ -48,7 +48,7 @@ _BOX = re.compile(
     r"\b(?:bounding[ -]?box(?:es)?|bbox(?:es)?"
     # "Coordinates" as a noun: "the players coordinate their movements" is about no box.
     r"|(?:the|these|those|its|their|given|provided|exact|\w+'s|[xy]|pixel|spatial|normali[sz]ed|image|box"
-    r"|with|at|by|of|in|from|on) coordinates?"
+    r"|with|at|by|of|in|from|on) coordinates?\b"
     r"|coordinates (?=[\[(:\d]|(?:of|are|for|indicate|suggest|show|given|provided)\b))",
     re.IGNORECASE,
 )
@@ -69,7 +69,11 @@ _REFUSAL = re.compile(
     r"|(?:describe|discuss|analy[sz]e|process|identify) (?:an |the |this |these |such )?"
     r"(?:images?|pictures?|photos?|content|people|persons?|requests?))\b"
     r"|\bI (?:must|have to|need to)(?: \w+ly)? (?:decline|refuse)\b"
-    r"|\b(?:this|that|your) request\b[^.\n]{0,80}\b(?:declined|refused|denied|violates?)\b"
+    r"|\bI(?:'m| am) an ai\b"
+    r"|\bI (?:won't|will not) be able to (?:help|assist|describe|answer|provide|comply)\b"
+    r"|\bI can(?:no|')t answer (?:that|this|your|the question|it)\b"
+    r"|\b(?:this|your) request\b[^.\n]{0,80}"
+    r"\b(?:violates|(?:must|has|needs?|is|was)\b.{0,15} (?:declined|refused|denied))\b"
     r"|\b(?:violat\w+|against) (?:our|my|the) (?:content|usage|use|safety) (?:polic(?:y|ies)|guidelines)\b",
     re.IGNORECASE,
 )
