@@ -17,6 +17,8 @@ _LETTERS = re.compile(r"[^\W\d_]+")
 _TOKENS = re.compile(r"\S+")
 _FUNCTION_TEXT = """
 a an the of and in on is are was were with to at by for from it its there this that his her their as
+or but not be been has have will can he she they you we one two these those which who while when each
+other some what
 der die das den dem ein eine einen einem einer und ist sind im am auf mit zu von vor neben
 de het een en op met van zijn staat naast voor
 le la les un une des du et est sont dans sur avec au aux qui
