@@ -67,6 +67,11 @@ def test_harmless_variation_is_read_over(text: str) -> None:
         ("cut", "conversation", "Question:\nWhat?\n===\nAnswer:\nThe dog sits on the", "stop"),
         ("cut", "detail", "There is a dog in the garden and it looks at a", None),
         ("cut", "detail", "There is a dog in the green garden and it looks happy", None),
+        ("cut", "detail", "A dog and a cat are lying on a couch near the wi", "stop"),
+        ("cut", "detail", "Two things to see:\n- A dog on a couch.\n- A lamp near the wi", "stop"),
+        ("cut", "reasoning", "Question:\nHow is it?\n===\nAnswer:\nIt seems to be slee", "stop"),
+        ("cut", "conversation", "Question:\nHow?\n===\nAnswer:\nThe dog is on the couch and is slee", "stop"),
+        ("cut", "conversation", GOOD + "\n===\nQuestion:\nWhat?\n===\nAnswer:\nThe dog is slee", "stop"),
         ("cut", "conversation", GOOD, "content_filter"),
         ("invalid_text", "detail", "A dog\ud800 sits.", "stop"),
         ("invalid_text", "detail", "A dog\x00 sits.", "stop"),
@@ -100,6 +105,38 @@ def test_short_answers_and_lists_need_no_full_stop() -> None:
     assert (
         parse("reasoning", f"Question:\nWhat to bring?\n===\nAnswer:\n{listed}", "stop")[0].answer == listed
     )
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "It leaves from Platform A",
+        "They meet in Hall A",
+        "Red and white (with a little bit of blue at the edges)",
+        'On the sign at the side of the road is "Stop and look for trains"',
+        "The dog on the couch looks as if it were asleep \U0001f436",
+        "The dog on the couch looks as if it were asleep \u2764\ufe0f",
+        "**The dog on the couch looks as if it were asleep**",
+    ],
+)
+def test_answers_may_end_without_a_full_stop(answer: str) -> None:
+    assert parse("conversation", f"Question:\nWhat?\n===\nAnswer:\n{answer}", "stop")[0].answer == answer
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "两只狗在玩耍。",
+        "犬が眠っている。」",
+        "สุนัขนอน",
+        "कुत्ता सोता है।",
+        "الكلب ينام.",
+        "Он сказал: «Стой!»",
+    ],
+    ids=["chinese", "japanese", "thai", "hindi", "arabic", "russian"],
+)
+def test_sentences_of_other_scripts_are_closed(text: str) -> None:
+    assert parse("detail", text, "stop") == [Pair("", text)]
 
 
 def _mutate(text: str, rng: random.Random) -> str:

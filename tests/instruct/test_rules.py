@@ -34,7 +34,20 @@ BROKEN = [
     ("refuses", "What is it?", "I'm sorry, but I can't help with that request."),
     ("refuses", "What is it?", "I don't see any image here."),
     ("refuses", "What is it?", "As an AI language model, I have no eyes."),
+    ("refuses", "Why?", "I'm not able to describe this image because it violates our content policies."),
+    ("refuses", "What is it?", "I cannot describe images of dogs that play."),
+    ("refuses", "What is it?", "As an AI, I am not permitted to speak of dogs."),
+    ("refuses", "What is it?", "Sorry, but this request about dogs must be declined."),
+    ("refuses", "What is it?", "For reasons of safety, this request must be declined."),
+    ("refuses", "What is it?", "I must decline to answer."),
+    ("refuses", "What is it?", "I have to respectfully decline to answer."),
     ("misses_image", "What is it?", "Please upload an image so that we can talk about it."),
+    ("refuses", "What is it?", "I'm an AI and have no eyes."),
+    ("refuses", "What is it?", "Unfortunately, I won't be able to help with dogs."),
+    ("refuses", "What is it?", "Unfortunately, I cannot answer that."),
+    ("misses_image", "What is it?", "Could you share the picture with me?"),
+    ("misses_image", "What is it?", "If you provide an image, it can be described."),
+    ("misses_image", "What is it?", "Provide the image to get started."),
     ("replies_to_the_prompt", "Describe it.", "Sure! Here's a detailed description of it:\n\nTwo dogs play."),
     ("replies_to_the_prompt", "Describe it.", "**Here is the description you asked for:**\n\nTwo dogs play."),
     ("replies_to_the_prompt", "Why?", "The dogs are at play. Let me know if you need anything else!"),
@@ -43,10 +56,18 @@ BROKEN = [
     ("mentions_caption", "What is it?", "The second caption says that it is a dog."),
     ("mentions_caption", "What is it?", "Based on the descriptions, it is a dog."),
     ("mentions_caption", "What is it?", "From the information provided, it is a dog."),
+    ("mentions_caption", "What is it?", "According to the sentences, two dogs play."),
+    ("mentions_caption", "What is it?", "The descriptions mention a man and two dogs."),
+    ("mentions_caption", "What is it?", "The first sentence says that dogs play."),
+    ("mentions_caption", "What is it?", "The sentences don't mention a cat."),
+    ("mentions_caption", "What is it?", "From the information provided to me, it is a dog."),
     ("mentions_bounding_box", "What is it?", "The bounding box of the dog is large."),
+    ("mentions_bounding_box", "Where is it?", "The coordinates of the dog are on the left."),
+    ("mentions_bounding_box", "Where is it?", "On the left, as its coordinates suggest."),
     ("mentions_bounding_box", "Where are the dog's coordinates?", "On the left."),
     ("leaks_coordinates", "Where is it?", "The dog is at [0.12, 0.25, 0.3, 0.4]."),
     ("leaks_coordinates", "Where is it?", "It begins at 0.372 from the left."),
+    ("leaks_coordinates", "Where is it?", "The dog lies at 0.10, 0.12 and the bench is at 0.33, 0.45."),
     ("repeats_itself", "What is it?", "It is a dog " + "and a dog " * 6 + "."),
     ("repeats_itself", "What is it?", "The dog is very happy. " * 3),
     ("contradicts_count", "What is there?", "There are three dogs in the park."),
@@ -59,6 +80,19 @@ BROKEN = [
     ("contradicts_count", "How many dogs are visible in this photo?", "Exactly one."),
     ("contradicts_count", "How many dogs are there?", "None."),
     ("contradicts_count", "How many dogs does the picture show?", "Three: one is brown, two are black."),
+    ("contradicts_count", "What is the number of dogs?", "Three."),
+    ("contradicts_count", "What's the total number of dogs in the image?", "One."),
+    ("contradicts_count", "What is there?", "The image features three dogs lying on the grass in a park."),
+    ("contradicts_count", "What is there?", "In this picture, three dogs are at play."),
+    ("contradicts_count", "What is there?", "There are three dogs lying on the grass."),
+    ("contradicts_count", "What is there?", "I can see three dogs in the image."),
+    ("contradicts_count", "What is there?", "Three dogs are lying on the grass."),
+    ("contradicts_count", "What is there?", "It is a scene with three dogs lying on the grass."),
+    ("contradicts_count", "What is there?", "In the photo we see 4 dogs with a man."),
+    ("contradicts_category", "What is there?", "There is no dog in the picture, only an empty bench."),
+    ("contradicts_category", "What is there?", "The picture does not contain any dogs; it is a park."),
+    ("contradicts_category", "What is there?", "This image shows no dogs."),
+    ("contradicts_category", "What is there?", "I don't see any dogs in the image."),
     ("contradicts_category", "Are there dogs?", "No."),
     ("contradicts_category", "Are there dogs in the picture?", "No, there are only cats."),
     ("contradicts_category", "Can you see dogs?", "None."),
@@ -84,6 +118,22 @@ FINE = [
     ("How many legs does a dog have?", "Four legs, as dogs do."),
     ("Are there any cars in the scene?", "No, I don't see any cars in the scene."),
     ("What is it?", "Red"),
+    ("Why?", "They want to take a photo and share the picture with their friends."),
+    ("What then?", "They could upload the photo to social media."),
+    ("What then?", "If you visit the park, you can share the photo with friends."),
+    ("Why?", "The dogs are not able to climb the tree, and the man declined to help, against the rules."),
+    ("What for?", "There is information provided for tourists, given at the desk of the park."),
+    ("Who decides?", "The owner of the park; this request may be denied."),
+    ("What is on it?", "The given information on the sign is about a coordinated walk of dogs."),
+    ("What is on it?", "The plaque provided information about the park."),
+    ("How do they play?", "The players coordinate their movements, and one coordinates the team."),
+    (
+        "Why is it odd?",
+        "The colors of the coat and the hat coordinate well, as the man coordinates his clothes.",
+    ),
+    ("What does it cost?", "Apples sell at 0.50, 0.75 or 0.90 dollars, and pears at 0.20, 0.30 euros."),
+    ("What does it say?", "The description of the park on the board mentions dogs."),
+    ("Is it easy?", "I cannot describe how happy the dogs look."),
     ("What do they choose?", "Based on the descriptions on the menu, they choose soup."),
     ("What helps?", "The information given by the signs helps people to find the way."),
     ("What is it?", "Sure enough, it is a dog: the question is whose."),
@@ -103,6 +153,20 @@ FINE = [
     ("Why is it calm?", "If there are three dogs in a park, they may play; here it is only a pair of them."),
     ("How many hot dogs are there?", "Three."),
     ("How many ducks are there?", "Three."),
+    ("What is there?", "The image features one dog lying on the grass, while the other one runs."),
+    ("What is there?", "In this picture, one dog is at play and one is asleep."),
+    ("What is there?", "In the picture, two dogs are at play."),
+    ("What is there?", "There are three dogs painted on the wall."),
+    ("What is there?", "The image shows three dogs on the shirt of the man."),
+    ("What is there?", "There are three dog drawings on the bench."),
+    ("What is the number of dogs on the bench?", "One."),
+    ("What is the number of dogs?", "Two."),
+    ("What is better than one dog?", "Three dogs are better than one."),
+    ("What is there?", "Two dogs are lying on the grass."),
+    ("What is there?", "There are no dogs in the image, only one seems to be close."),
+    ("What is there?", "There are no dogs, cats or birds on the bench."),
+    ("What is there?", "The picture does not show any dogs on a leash."),
+    ("What is there?", "I don't see any dogs on the bench."),
     # Not in some place, not more, not in truth.
     ("Are there dogs on the bench?", "No."),
     ("Are there other dogs?", "No."),
@@ -129,7 +193,13 @@ def test_good_answers_are_left_alone(question: str, answer: str) -> None:
 
 
 def test_every_rule_has_a_case() -> None:
-    assert {rule for rule, _, _ in BROKEN} | {"too_short"} == set(RULES)
+    assert {rule for rule, _, _ in BROKEN} | {"too_short", "nonsense"} == set(RULES)
+
+
+def test_sentences_in_the_picture_may_be_spoken_of() -> None:
+    said = [Pair("What is there?", "The first sentence says that dogs must be on a leash.")]
+    assert check("conversation", said, PARK) == "mentions_caption"
+    assert check("conversation", said, Context("p", "p.jpg", ("A sign in a park.",))) is None
 
 
 def test_a_caption_outweighs_the_boxes() -> None:
@@ -177,6 +247,40 @@ def test_a_crowd_is_there_and_a_caption_may_deny_it() -> None:
 def test_short_descriptions_are_refused() -> None:
     assert check("detail", [Pair("Describe it.", "Two dogs.")], PARK) == "too_short"
     assert check("reasoning", [Pair("Why?", "They play.")], PARK) == "too_short"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "asdf qwer zxcv hjkl uiop bnm asdf2 qwer3 zxcv4 lkjh",
+        "#### %%% 123 &&& lorem ipsum dolor sit amet consectetur adipiscing elit.",
+        "Lorem ipsum dolor sit amet, consectetur adipiscing elit, sed do eiusmod tempor ut labore.",
+        "#### %%% 123 &&& 4 5 6 7 8 9 !!",
+        '{"error": {"message": "The server had an error while it was asked for dogs in a park"}}',
+        '[{"object": "a dog in a park", "where": "on the left, beside the man and the bench"}]',
+        "<html><body>The dogs in the park are on the grass, and a man is near.</body></html>",
+    ],
+)
+def test_nonsense_is_no_description(text: str) -> None:
+    assert check("detail", [Pair("Describe it.", text)], PARK) == "nonsense"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Zwei Hunde spielen im Park auf dem Gras neben einer Bank.",
+        "Deux chiens jouent dans un parc avec un homme sur un banc.",
+        "Dos perros juegan en el parque con un hombre cerca de un banco.",
+        "Dwa psy graja na trawie w parku obok duzej lawki.",
+        "Dua ekor anjing bermain di taman dengan seorang pria yang duduk.",
+        "Kaksi koiraa leikkii puistossa ja mies istuu penkilla heidan vieressaan.",
+        "Dogs. Grass. Trees. Bench. Shade. Summer. Leaves. Happiness. Friendship.",
+        "An animal runs through this meadow with great joy, tongue out, ears up.",
+        "[Two dogs] play in the park, and {one man} looks on from a bench.",
+    ],
+)
+def test_plain_words_of_any_language_are_no_nonsense(text: str) -> None:
+    assert check("detail", [Pair("Describe it.", text)], PARK) is None
 
 
 @pytest.mark.parametrize(
@@ -277,4 +381,6 @@ def test_released_answers_break_no_rule() -> None:
     for answer in answers:
         row = asked[answer["question_id"]]
         context = known[row["image"].rpartition("_")[2]]
-        assert check(kinds[row["category"]], [Pair(row["text"], answer["text"])], context) is None
+        kind, said = kinds[row["category"]], answer["text"]
+        written = said if kind == "detail" else f"Question:\n{row['text']}\n===\nAnswer:\n{said}"
+        assert check(kind, parse(kind, written, "stop"), context) is None

@@ -61,6 +61,14 @@ _CLAIMED = (
     r"(?=\s*(?:$|[.,;:!?)]|(?:in|at|and|is|are|of|here|there|visible|present|shown|total)\b))"
 )
 """What may come behind the noun of a claim; another noun makes it something else: "one dog house"."""
+_CLAIMED_MORE = (
+    r"\b(?=\s*(?:$|[.,;:!?)]|(?:in|at|on|and|is|are|of|near|next|beside|behind|under|with|who|that|here|there"
+    r"|visible|present|shown|total|\w{2,}ing)\b))"
+    r"(?![^.;!?]*\b(?:paint\w*|draw\w*|print\w*|pictured|posters?|signs?|screens?|monitors?|tv|televisions?"
+    r"|reflect\w*|mirrors?|statues?|sculptures?|toys?|stuffed|shirts?|photos|pictures)\b)"
+)
+"""What may come behind the noun where more are claimed than there are: some cannot be more than all; but what
+is in a painting or on a shirt need not have a box."""
 _HEDGES = r"(?:about|around|approximately|roughly|nearly|almost|over|than|least|most|to|first|second)"
 _ADDS = re.compile(r"\b(?:another|others?|more|second|third|also|additional|both|else|plus|besides|rest)\b")
 _SUPPOSES = re.compile(
@@ -107,7 +115,9 @@ def _claimed(pairs: Sequence[Pair], category: str, present: int) -> Iterator[str
     names = _name_pattern(category)
     for pair in pairs:
         answer = pair.answer.lower()
-        asked = re.fullmatch(rf"how many {names}{_ABOUT_ALL}", pair.question.strip(), re.IGNORECASE)
+        number_of = r"(?:how many|what(?: is|'s) the (?:total |exact )?(?:number|count) of)"
+        asked = re.fullmatch(rf"{number_of} {names}{_ABOUT_ALL}", pair.question.strip(), re.IGNORECASE)
+        yield from (word for word in _stated_more(answer, names) if (_value(word) or 0) > present)
         for word in (*_stated(answer, names), *(_answered(answer, names) if asked else ())):
             value = _value(word)
             # "There is one dog in the car, and another in front of it": what is added up is not counted here.
@@ -120,6 +130,22 @@ def _stated(answer: str, names: str) -> Iterator[str]:
     there = rf"\bthere (?:is|are) (?:exactly |only |a total of |just )?(\w+) {names}{_CLAIMED}"
     for found in re.finditer(there, answer):
         if found[1] != "no" and not _supposed(answer, found.start()):
+            yield found[1]
+
+
+def _stated_more(answer: str, names: str) -> Iterator[str]:
+    """N where an answer says of the picture that it has N dogs, all or some: "three dogs lie on a couch"."""
+    start = (
+        r"(?:\bthere (?:is|are)"
+        rf"|\b{_IMAGE} (?:features|shows|contains|depicts|has|displays|includes|captures)|\bscene with"
+        rf"|\b(?:in|on) (?:the|this) {_IMAGE},?(?: (?:there are|(?:i|we|you) can see|(?:i|we|you) see))?"
+        r"|\b(?:i|we) (?:can )?(?:see|count|spot))"
+    )
+    claim = rf"(\w+) {names}"
+    counted = rf"{start} (?:exactly |only |a total of |just )?{claim}{_CLAIMED_MORE}"
+    first = rf"\A(?:the )?{claim} (?:is|are) \w+ing\b"
+    for found in (*re.finditer(counted, answer), *re.finditer(first, answer)):
+        if not _supposed(answer, found.start()):
             yield found[1]
 
 
@@ -236,8 +262,14 @@ def _said_absent(answer: str, category: str) -> bool:
     """Whether the answer says on its own that there are none of `category` in the picture."""
     names = _name_pattern(category)
     text = answer.lower().replace("\u2019", "'")
+    # "..., only a couch"; but not "only one", and not "only a small dog".
+    instead = rf"(?=, (?:only|just) (?!(?:one|the|its|his|her|their)\b|an?(?: \w+)? {names}))"
+    end = rf"{_VISIBLE}{_IN_IMAGE}(?:{_STOP}|{instead})"
     absent = (
-        rf"\bthere (?:is|are)(?: no|(?:n't| not) (?:an?|any)) {names}{_VISIBLE}{_IN_IMAGE}{_STOP}"
-        rf"|\bno {names} (?:is|are|can be) (?:visible|present|shown|seen){_IN_IMAGE}{_STOP}"
+        rf"\bthere (?:is|are)(?: no|(?:n't| not) (?:an?|any)) {names}{end}"
+        rf"|\bno {names} (?:is|are|can be) (?:visible|present|shown|seen){_IN_IMAGE}(?:{_STOP}|{instead})"
+        rf"|\b{_IMAGE} (?:(?:does not|doesn't) (?:contain|show|have|include|feature|depict) (?:an?|any)"
+        rf"|(?:contains|shows|has|includes|features|depicts) no) {names}{_VISIBLE}(?:{_STOP}|{instead})"
+        rf"|\bi (?:do not|don't|cannot|can't) see (?:an?|any) {names}{end}"
     )
     return any(not _supposed(text, found.start()) for found in re.finditer(absent, text))

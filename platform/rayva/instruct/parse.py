@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 
 from rayva.instruct.contexts import Kind
@@ -30,13 +31,23 @@ _LABEL_INSIDE = re.compile(
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffd]")
 _IMAGE = re.compile(r"<\s*image\s*>", re.IGNORECASE)
 _FENCE = re.compile(r"\A```\w*\n(.*)\n```\Z", re.DOTALL)
-# What no sentence ends with.
-_OPEN_END = re.compile(
-    r"(?:[,;(\-\u2013\u2014]|\b(?:a|an|the|of|and|or|with|at|from|its|their))$", re.IGNORECASE
+# What no sentence ends with; but "Platform A" may.
+_OPEN_END = re.compile(r"(?:[,;(\-\u2013\u2014]|\b(?:a|(?i:an|the|of|and|or|with|at|from|its|their)))$")
+_CLOSED = frozenset(
+    ".!?:)]}\"'*`_~>|"
+    "\u00bb\u00ab\u2019\u201d\u201c\u2018\u203a\u2026"
+    "\u3002\uff01\uff1f\uff0e\uff1a\uff09\uff3d\uff61\u300d\u300f\u3011\u300b\u3009\uff5e"
+    "\u061f\u06d4\u0964\u0965\u104b\u1362\u17d4\u0589\u05c3"
 )
-_CLOSED = ".!?:)]}\"'\u2019\u201d\u2026*`_\u3002\uff01\uff1f"
+"""What a sentence ends in, and what may stand behind that; also quotation marks of other languages, and the
+full stops of Chinese and Japanese, Arabic, Hindi, Burmese, Amharic, Khmer, Armenian and Hebrew."""
+_UNMARKED = re.compile(r"[\u0e00-\u0eff\ufe0f]\Z")
+"""Thai and Lao have no full stop; the last is the end of some emoji."""
+_ITEM = re.compile(r"[ \t]*(?:[-*+\u2022\u2013]|\d{1,2}[.)]|\(?[a-z][.)])[ \t]+\S")
 _SENTENCE_WORDS = 8
 """An answer of so many words is a sentence, and sentences end in a full stop."""
+_CLAUSE_WORDS = 4
+"""So is one of so many, where the answers before it have full stops."""
 
 
 class Rejected(Exception):
@@ -81,7 +92,7 @@ def parse(kind: Kind, text: str | None, finish_reason: str | None = "stop") -> l
         raise Rejected("wrong_count", f"{len(pairs)} questions where one was asked for")
     for pair in pairs:
         _check_pair(pair)
-    _check_end(pairs[-1].answer, finish_reason)
+    _check_end(kind, [pair.answer for pair in pairs])
     return pairs
 
 
@@ -114,11 +125,26 @@ def _check_pair(pair: Pair) -> None:
         raise Rejected("roles_swapped", pair.question[:80])
 
 
-def _check_end(answer: str, finish_reason: str | None) -> None:
-    """Who says "stop" has ended, though perhaps without a full stop, but not on "the" or a comma."""
-    unsaid = finish_reason != "stop" and len(answer.split()) >= _SENTENCE_WORDS
-    if _OPEN_END.search(answer) or (unsaid and answer[-1] not in _CLOSED):
+def _check_end(kind: Kind, answers: list[str]) -> None:
+    """The last sentence must be whole; endpoints say "stop" of what breaks off in a word, too.
+
+    What is short in a conversation is perhaps no sentence: "Red", "Platform A".
+    """
+    *before, answer = answers
+    fewest = _CLAUSE_WORDS if before and all(map(_is_closed, before)) else _SENTENCE_WORDS
+    is_sentence = kind != "conversation" or len(answer.split()) >= fewest
+    if _OPEN_END.search(answer) or (is_sentence and not _is_closed(answer)):
         raise Rejected("cut", f"it ends in {answer[-40:]!r}")
+
+
+def _is_closed(answer: str) -> bool:
+    """Whether it ends in a mark, a picture (an emoji), or a list whose items all go without."""
+    last = answer[-1]
+    if last in _CLOSED or _UNMARKED.search(answer) or unicodedata.category(last) in ("So", "Sk", "Cf"):
+        return True
+    *before, item = answer.splitlines()
+    items = [line.rstrip() for line in before if _ITEM.match(line)]
+    return bool(_ITEM.match(item) and items) and all(line[-1] not in _CLOSED for line in items)
 
 
 def _pairs(text: str) -> list[Pair]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from rayva.instruct.contexts import Context, Kind
 from rayva.instruct.contradictions import contradicts_category, contradicts_count
+from rayva.instruct.nonsense import nonsense
 from rayva.instruct.parse import Pair
 
 Rule = Callable[[Kind, Sequence[Pair], Context], str | None]
@@ -23,26 +24,70 @@ _CAPTION = re.compile(r"\bcaptions?\b", re.IGNORECASE)
 _SENTENCES = re.compile(
     r"\b(?:as|given|provided|mentioned|described|stated|listed) (?:in|by) the "
     r"(?:sentences?|descriptions?|text|list|context|annotations?)\b"
-    r"|\b(?:provided|given) (?:sentences?|descriptions?|annotations?|information|context)\b"
-    r"|\b(?:sentences?|descriptions?|annotations?|information|context) (?:provided|given)\b(?! by)"
-    r"|\bbased on the (?:sentences?|descriptions?|annotations?)\b(?! (?:on|in))",
+    r"|\b(?:provided|given) (?:sentences?|descriptions?|annotations?|context)\b"
+    r"|\b(?:the|this|from|on) (?:provided|given) information\b(?! (?:at|by|for|on)\b)"
+    r"|\b(?:sentences?|descriptions?|annotations?|information|context) (?:provided|given)\b"
+    # Information is also given by signs, for tourists and at a desk; but not about "this image".
+    r"(?! (?:by|for|to|at|on|in|with)\b(?! (?:me\b|(?:the|this) (?:image|picture|photo|scene))))"
+    r"|\b(?:based on|according to) the (?:sentences?|descriptions?|annotations?)\b(?! (?:on|in|of)\b)",
     re.IGNORECASE,
 )
-_BOX = re.compile(r"\b(?:bounding[ -]?box(?:es)?|bbox(?:es)?|coordinates?)\b", re.IGNORECASE)
+_SENTENCE_SAYS = re.compile(
+    r"\bthe (?:(?:first|second|third|fourth|fifth|last|other|given) )?(?:sentence|description|annotation)s? "
+    r"(?:also |only |do not |does not |don't |doesn't )?"
+    r"(?:say|state|mention|describe|note|indicate|suggest|specify|specifie|tell)s?\b",
+    re.IGNORECASE,
+)
+_WRITTEN = re.compile(
+    r"\b(?:text|sentences?|descriptions?|annotations?|words?|writing|written|letters?|notes?|pages?|books?"
+    r"|newspapers?|magazines?|menus?|signs?|posters?|labels?|screens?|monitors?)\b",
+    re.IGNORECASE,
+)
+"""What there is to read in a picture: its sentences are not those of the prompt."""
+_BOX = re.compile(
+    r"\b(?:bounding[ -]?box(?:es)?|bbox(?:es)?"
+    # "Coordinates" as a noun: "the players coordinate their movements" is about no box.
+    r"|(?:the|these|those|its|their|given|provided|exact|\w+'s|[xy]|pixel|spatial|normali[sz]ed|image|box"
+    r"|with|at|by|of|in|from|on) coordinates?\b"
+    r"|coordinates (?=[\[(:\d]|(?:of|are|for|indicate|suggest|show|given|provided)\b))",
+    re.IGNORECASE,
+)
 _NUMBER = r"(?:0?\.\d+|1\.0+)"
-_COORDINATES = re.compile(rf"[\[(]\s*{_NUMBER}\s*,\s*{_NUMBER}|\b[xy][12]?\s*=\s*{_NUMBER}|\b0\.\d{{3}}\b")
+_MORE_NUMBERS = r"(?!\d|\s*%|,? (?:and|or) [\d$]| (?:\w+ )?(?:dollar|cent|euro|pound|met|lit|kilo|mile)\w*)"
+"""Not behind a place: the numbers are prices or measures."""
+_COORDINATES = re.compile(
+    rf"[\[(]\s*{_NUMBER}\s*,\s*{_NUMBER}|\b[xy][12]?\s*=\s*{_NUMBER}|\b0\.\d{{3}}\b"
+    rf"|\b(?:at|from|around|near|position) {_NUMBER}\s*,\s*{_NUMBER}{_MORE_NUMBERS}"
+)
 _REFUSAL = re.compile(
     r"\bas an? (?:ai|artificial|language|text)\b.{0,30}\b(?:model|assistant|intelligence)\b"
-    r"|\bI(?:'m| am) (?:very |so )?(?:sorry|afraid|unable)\b|\bI apologi[sz]e\b"
+    r"|\bas an ai, i\b|\A\W*sorry, (?:but|i)\b|\bI apologi[sz]e\b"
+    r"|\bI(?:'m| am) (?:very |so )?(?:sorry|afraid|unable|not (?:able|allowed|permitted) to)\b"
     r"|\bI (?:can(?:no|')t|can not|could not|do not|don't) "
     r"(?:actually )?(?:(?:see|view)(?! any\b(?! (?:image|picture|photo)))"
-    r"|have (?:access|the ability)|access|assist|help|provide|fulfill?|comply)\b",
+    r"|have (?:access|the ability)|access|assist|help|provide|fulfill?|comply"
+    r"|(?:describe|discuss|analy[sz]e|process|identify) (?:an |the |this |these |such )?"
+    r"(?:images?|pictures?|photos?|content|people|persons?|requests?))\b"
+    r"|\bI (?:must|have to|need to)(?: \w+ly)? (?:decline|refuse)\b"
+    r"|\bI(?:'m| am) an ai\b"
+    r"|\bI (?:won't|will not) be able to (?:help|assist|describe|answer|provide|comply)\b"
+    r"|\bI can(?:no|')t answer (?:that|this|your|the question|it)\b"
+    r"|\b(?:this|your) request\b[^.\n]{0,80}"
+    r"\b(?:violates|(?:must|has|needs?|is|was)\b.{0,15} (?:declined|refused|denied))\b"
+    r"|\b(?:violat\w+|against) (?:our|my|the) (?:content|usage|use|safety) (?:polic(?:y|ies)|guidelines)\b",
     re.IGNORECASE,
 )
 _NO_IMAGE = re.compile(
     r"\bno (?:image|picture|photo) (?:was|is|has been) (?:provided|given|attached)\b"
-    r"|\b(?:provide|upload|share|attach) (?:an|the|your) (?:image|picture|photo)\b"
     r"|\bwithout (?:seeing|access to) the (?:image|picture|photo)\b",
+    re.IGNORECASE,
+)
+# People in a picture share their photos, too: only who is spoken to is asked for one, and for us.
+_ASKS_FOR_IMAGE = re.compile(
+    r"(?:\A|[.!?]\s+|\b(?:please|kindly|feel free to|if you|you to|(?:can|could|would|will) you"
+    r"|you(?:'ll| will)? (?:need|have) to)\b[^.!?\n]{0,30}?\b)"
+    r"(?:provide|upload|share|attach|send) (?:me |us )?(?:an?|the|your|another) (?:image|picture|photo)\b"
+    r"(?! (?:online|(?:with|on|to) (?:an?|the|your|friends|family|others|people|social)\b))",
     re.IGNORECASE,
 )
 _ABOUT_OUR_TASK = r"[^\n]{0,100}\b(?:description|answer|question|conversation)s?\b[^\n]{0,60}:[ \t*]*\n"
@@ -75,8 +120,12 @@ def _find(pattern: re.Pattern[str], texts: Iterator[str] | Sequence[str]) -> str
 
 def mentions_caption(kind: Kind, pairs: Sequence[Pair], context: Context) -> str | None:
     """Speaks of captions or of given sentences, unless the context itself does ("a page with a caption")."""
-    about_captions = _find(_CAPTION, context.captions) is not None
-    return (None if about_captions else _find(_CAPTION, _texts(pairs))) or _find(_SENTENCES, _texts(pairs))
+    patterns = [_SENTENCES]
+    if _find(_CAPTION, context.captions) is None:
+        patterns.append(_CAPTION)
+    if _find(_WRITTEN, (*context.captions, *(instance.category for instance in context.instances))) is None:
+        patterns.append(_SENTENCE_SAYS)
+    return next((found for pattern in patterns if (found := _find(pattern, _texts(pairs)))), None)
 
 
 def mentions_bounding_box(kind: Kind, pairs: Sequence[Pair], context: Context) -> str | None:
@@ -101,7 +150,8 @@ def is_refusal(text: str) -> bool:
 
 def misses_image(kind: Kind, pairs: Sequence[Pair], context: Context) -> str | None:
     """Says that there is no image, or asks for one."""
-    return _find(_NO_IMAGE, [pair.answer for pair in pairs])
+    answers = [pair.answer for pair in pairs]
+    return _find(_NO_IMAGE, answers) or _find(_ASKS_FOR_IMAGE, answers)
 
 
 def replies_to_the_prompt(kind: Kind, pairs: Sequence[Pair], context: Context) -> str | None:
@@ -158,6 +208,7 @@ RULES: dict[str, Rule] = {
     "mentions_caption": mentions_caption,
     "mentions_bounding_box": mentions_bounding_box,
     "leaks_coordinates": leaks_coordinates,
+    "nonsense": nonsense,
     "not_a_question": not_a_question,
     "too_short": too_short,
     "repeats_itself": repeats_itself,
