@@ -25,7 +25,7 @@ from rayva.evaluation.reading import (
     read_document,
     shown,
 )
-from rayva.evaluation.tasks.base import Item, Picture, Result, Scored, TaskSettings, ask, percent
+from rayva.evaluation.tasks.base import Item, Picture, Place, Result, Scored, TaskSettings, ask, percent
 
 _STATED = re.compile(r"The answer is ([A-Z]).")
 _LEPA = re.compile(r"ANSWER: ([A-Z])\.")
@@ -154,11 +154,11 @@ def question_text(problem: Problem, form: Format) -> str:
 class ScienceQASettings(TaskSettings):
     """Where the data is and how it is asked."""
 
-    folder: str | None = None
+    folder: Place | None = None
     """Holds problems.json, pid_splits.json and images/."""
-    problems: str | None = None
-    splits: str | None = None
-    images: str | None = None
+    problems: Place | None = None
+    splits: Place | None = None
+    images: Place | None = None
     """Holds SPLIT/ID/IMAGE or ID/IMAGE; default: `images` in the folder."""
     split: str = "test"
     format: Format = "QCM-LEA"
@@ -167,7 +167,7 @@ class ScienceQASettings(TaskSettings):
     image_position: Literal["front", "end"] = "front"
     """`end` is the data's own order (input, then image); LLaVA 1.0 and later move it to the front."""
     max_new_tokens: int = 1024
-    second: str | None = None
+    second: Place | None = None
     """Predictions of a second model, for an ensemble with it."""
     ensemble: Literal["complement", "judge"] = "complement"
 
