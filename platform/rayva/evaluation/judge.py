@@ -22,7 +22,7 @@ from rayva.evaluation.tasks.scienceqa import Problem
 from rayva.evaluation.tasks.scienceqa_ensemble import JUDGE_SYSTEM, answer_of, disagreements, judge_prompt
 from rayva.llm.cache import AnswerCache
 from rayva.llm.request import ChatAnswer, ChatRequest, Sampling
-from rayva.progress import Progress
+from rayva.progress import Progress, say
 from rayva.storage import Storage
 
 _KEPT = "judge"
@@ -84,6 +84,7 @@ def review(
         return task.score([], answers)
     result = score_reviews(runs, compat, known)
     result.figures["judge"] = judge.describe()
+    result.figures["judge_could_not_be_asked"] = sum(isinstance(reply, str) for reply in replies.values())
     return result
 
 
@@ -134,7 +135,7 @@ def decide(
 
 
 def _ask(model: ChatModel, calls: Sequence[ChatRequest], cache: AnswerCache) -> dict[str, ChatAnswer | str]:
-    """Answers, or the reason of a refusal, by the call's digest; kept answers are not asked for again."""
+    """Answers, or the reason why there is none, by the call's digest; kept ones are not asked for again."""
     replies: dict[str, ChatAnswer | str] = {}
     for call in calls:
         known = cache.get(call)
@@ -148,6 +149,8 @@ def _ask(model: ChatModel, calls: Sequence[ChatRequest], cache: AnswerCache) -> 
             progress.advance()
 
         model.ask_all(todo.values(), told, cache)
+    if errors := [reply for reply in replies.values() if isinstance(reply, str)]:
+        say(f"warning: the judge could not be asked {len(errors)} of {len(replies)} questions; {errors[0]}")
     return replies
 
 
