@@ -12,6 +12,7 @@ import pytest
 from rayva.commands import score
 from rayva.errors import DataError, RecipeError
 from rayva.evaluation.predictions import Predictions, read_predictions
+from rayva.evaluation.tasks.registry import make_tasks
 from rayva.evaluation.tasks.scienceqa import (
     Problem,
     parse_choice,
@@ -144,6 +145,33 @@ def test_without_a_file_of_splits_the_problems_say_it_themselves(data: dict[str,
     del whole["2"]["split"]
     data["problems"].write_text(json.dumps(whole))
     assert len(read_problems(path, None, "test")) == 5
+
+
+def test_an_evaluation_needs_no_file_of_splits_and_names_its_own_settings(data: dict[str, Path]) -> None:
+    def ids(*settings: str) -> list[str]:
+        (task,) = make_tasks(["scienceqa"], [f"scienceqa.folder={data['folder']}", *settings])
+        return [item.item_id for item in task.read()]
+
+    assert ids() == ["1", "2", "3", "4"]
+    write(data["splits"], {"test": ["3"], "train": []})
+    assert ids() == ["3"]  # the file counts where there is one
+    with pytest.raises(DataError, match=r"it has test, train\n.*as scienceqa\.split"):
+        ids("scienceqa.split=val")
+    data["splits"].unlink()
+    assert ids() == ["1", "2", "3", "4"]
+    assert ids("scienceqa.split=train") == ["9"]
+    with pytest.raises(DataError, match=r"scienceqa\.splits = .*nowhere"):
+        ids("scienceqa.splits=nowhere.json")
+    data["problems"].unlink()
+    with pytest.raises(DataError, match=r"scienceqa\.problems = "):
+        ids()
+
+
+def test_images_lie_in_a_folder_of_their_split_or_not(data: dict[str, Path]) -> None:
+    (task,) = make_tasks(["scienceqa"], [f"scienceqa.folder={data['folder']}"])
+    assert task.read()[1].pictures[0].uri == str(data["folder"] / "images" / "2" / "image.png")
+    (data["folder"] / "images" / "test").mkdir(parents=True)
+    assert task.read()[1].pictures[0].uri == str(data["folder"] / "images" / "test" / "2" / "image.png")
 
 
 def test_another_file_in_place_of_the_splits_is_named_in_a_line(data: dict[str, Path]) -> None:
