@@ -14,7 +14,14 @@ from typing import Any
 from rayva.evaluation.chat import ChatModel
 from rayva.evaluation.predictions import Predictions
 from rayva.evaluation.records import lines
-from rayva.evaluation.reviews import FAILED, Compat, parse_scores, read_reviews, score_reviews
+from rayva.evaluation.reviews import (
+    CANDIDATE_FIRST,
+    Compat,
+    in_order,
+    parse_scores,
+    read_reviews,
+    score_reviews,
+)
 from rayva.evaluation.rules import SYSTEM
 from rayva.evaluation.tasks.base import Result, Scored
 from rayva.evaluation.tasks.llava_bench import LlavaBench, ReviewRequest
@@ -79,7 +86,7 @@ def review(
         paths.append(f"{task.name}/reviews-{run}.jsonl")
         storage.write_bytes(paths[-1], lines(rows))
     known: list[Scored] = list(task.rows(answers))
-    runs = {path: read_reviews(storage.uri(path)) for path in paths} if requests else {}
+    runs = {path: read_reviews(storage.uri(path), compat=compat) for path in paths} if requests else {}
     if not runs:
         return task.score([], answers)
     result = score_reviews(runs, compat, known)
@@ -157,15 +164,13 @@ def _ask(model: ChatModel, calls: Sequence[ChatRequest], cache: AnswerCache) -> 
 def _row(one: _Wanted, reply: ChatAnswer | str, judge: Judge) -> dict[str, Any]:
     request = one.request
     text = "" if isinstance(reply, str) else reply.text
-    scores = parse_scores(text)
-    if request.swapped and scores != FAILED:
-        scores = scores[::-1]
+    scores = in_order(parse_scores(text), request.swapped)
     record = {
         "question_id": request.question_id,
         "category": request.category,
         "content": text,
         "tuple": list(scores),
-        "order": "candidate_first" if request.swapped else "reference_first",
+        "order": CANDIDATE_FIRST if request.swapped else "reference_first",
         "run": one.run,
         "judge": judge.model.model,
         "temperature": judge.temperature,
