@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 
 from rayva.data.locations import is_folder, is_there, join, parent
 from rayva.errors import DataError
-from rayva.evaluation.predictions import Predictions, require_overlap
+from rayva.evaluation.predictions import NO_CHOICE, Predictions, require_overlap
 from rayva.evaluation.reading import (
     as_id,
     as_integer,
@@ -260,6 +260,9 @@ def score_predictions(
         "from_indices": None if stored is None else figures_of(problems, stored),
     }
     if parsed is not None and stored is not None:
+        answered = ids - missing
+        figures["without_output"] = sum(not predictions.outputs.get(key) for key in answered)
+        figures["without_index"] = sum(key not in (predictions.indices or {}) for key in answered)
         figures["differ"] = list(_differences(problems, parsed, stored))[:_SHOWN_DIFFERENCES]
     if predictions.reported:
         figures["reported_by_file"] = predictions.reported
@@ -287,7 +290,7 @@ def stored_choices(problems: Sequence[Problem], predictions: Predictions) -> Cho
     """Stored indices; one that is none of the choices (the original writes -1) is None."""
     if predictions.indices is None:
         return None
-    stored = ((p, predictions.indices.get(p.problem_id, -1)) for p in problems)
+    stored = ((p, predictions.indices.get(p.problem_id, NO_CHOICE)) for p in problems)
     return {p.problem_id: index if 0 <= index < len(p.choices) else None for p, index in stored}
 
 
