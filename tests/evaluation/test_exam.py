@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from rayva.orchestration.exam import Exam, run_exam
 from rayva.storage import Storage
 from tests.evaluation.bench_data import make_llava_bench, make_pope, make_vqa
 from tests.evaluation.chat_server import ChatServer, question_of
+from tests.reference import ROOT
 
 
 def chat_model(server: ChatServer, concurrency: int = 2) -> ChatModel:
@@ -102,3 +106,19 @@ def test_an_endpoint_that_fails_at_everything_is_given_up(tmp_path: Path) -> Non
     assert len(server.calls) < 6 * 20
     with pytest.raises(ServingError, match="does not answer"):  # nobody is there: told at the first question
         run_exam(exam(server, ["pope"], settings), Storage(str(tmp_path / "out")))
+
+
+def test_what_a_killed_process_was_writing_is_no_answer(tmp_path: Path) -> None:
+    settings = [f"pope.folder={make_pope(tmp_path / 'pope', 4)}"]
+    killed = (
+        "import os, signal, sys; from rayva.storage import Storage\n"
+        "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Storage(sys.argv[1]).write_json('parts/' + 'a' * 32 + '.json', [])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
+    done = subprocess.run([sys.executable, "-c", killed, str(tmp_path / "out")], env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert len(list((tmp_path / "out" / "parts").iterdir())) == 1
+    with ChatServer(lambda *_: "Yes.") as server:
+        found = run_exam(exam(server, ["pope"], settings), Storage(str(tmp_path / "out")))
+    assert found["pope"]["count"] == 8
