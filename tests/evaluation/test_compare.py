@@ -147,7 +147,7 @@ def test_the_comparison_goes_into_mlflow(tmp_path: Path) -> None:
     runs = [evaluation(tmp_path / "a", 30), evaluation(tmp_path / "b", 45)]
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     for _ in range(2):  # the same comparison goes on in the same run
-        done = rayva("compare", *runs, "--tracking-uri", uri)
+        done = rayva("compare", *runs, f"llava+v1 (7b)={runs[0]}", f"..={runs[1]}", "--tracking-uri", uri)
         assert done.returncode == 0, done.stderr
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("rayva-compare")
@@ -155,6 +155,9 @@ def test_the_comparison_goes_into_mlflow(tmp_path: Path) -> None:
     assert logged.data.metrics["a/vqa/accuracy"] == 50.0
     assert logged.data.metrics["b - a/vqa/accuracy"] == 25.0
     assert logged.data.metrics["b - a/vqa/accuracy/low"] > 5
+    assert logged.data.metrics["llava_v1 _7b_/vqa/accuracy"] == 50.0
+    assert logged.data.metrics["_/vqa/accuracy"] == 75.0
+    assert logged.data.params["run.llava_v1 _7b_"] == str(runs[0])
 
 
 @pytest.mark.parametrize(

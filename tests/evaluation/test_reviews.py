@@ -55,6 +55,40 @@ def test_scores_are_read_from_the_first_line(content: str, scores: tuple[float, 
     assert parse_scores(content) == scores
 
 
+@pytest.mark.parametrize(
+    ("content", "scores"),
+    [
+        ("8 7\nBoth are good.", (8.0, 7.0)),
+        ("8,7", (8.0, 7.0)),
+        ("8 9.5\r\n", (8.0, 9.5)),
+        ("8, 7", FAILED),
+        ("8  7", FAILED),
+        (" 8 7", FAILED),
+        ("8 7 ", FAILED),
+        ("8\t7", FAILED),
+        ("nan 3", FAILED),
+    ],
+)
+def test_the_original_takes_one_space_or_comma_alone(content: str, scores: tuple[float, float]) -> None:
+    """As its parse_score: replace(",", " ") and split(" ") of the first line."""
+    assert parse_scores(content, "original") == scores
+
+
+def test_the_originals_rule_reads_content_and_our_own_judge_but_no_scores_of_others(tmp_path: Path) -> None:
+    rows = [
+        {"question_id": 1, "category": "conv", "content": "8, 6"},
+        review(2, [8, 6], content="8, 6", judge="j"),
+        review(3, [6, 8], content="8 6", judge="j", order="candidate_first"),
+        review(4, [8, 6], content="8, 6"),  # mended by hand, or written by another script
+    ]
+    path = write(tmp_path / "r.jsonl", rows)
+    assert [row.scores for row in read_reviews(path)] == [(8, 6), (8, 6), (6, 8), (8, 6)]
+    strict = [FAILED, FAILED, (6, 8), (8, 6)]
+    assert [row.scores for row in read_reviews(path, compat="original")] == strict
+    found = figures("score", "llava-bench", "--reviews", path, "--compat", "original")
+    assert (found["parse_failures"], found["relative_score"]) == (2, 100.0)
+
+
 def test_failures_are_left_out_unless_the_original_is_wanted(tmp_path: Path) -> None:
     rows = [review(0, [10, 5]), review(1, [10, 7]), review(2, [-1, -1], category="detail")]
     runs = {"run": read_reviews(write(tmp_path / "r.jsonl", rows))}

@@ -23,6 +23,9 @@ from rayva.evaluation.tasks.vqa import answer_kind
         ("(-5)", "-5"),
         ("3-5", "3 5"),
         ("COVID-19", "covid 19"),
+        ("A.", "A"),
+        ("(A)", "A"),
+        ("a", "A)"),
     ],
 )
 def test_case_punctuation_articles_and_width_do_not_matter(answer: str, accepted: str) -> None:
@@ -44,6 +47,8 @@ def test_case_punctuation_articles_and_width_do_not_matter(answer: str, accepted
         ("x = -5", "x = 5"),
         ("-0.5", "0.5"),
         ("from -3 to -5", "from 3 to 5"),
+        ("A.", "B"),
+        ("A.", "the"),
     ],
 )
 def test_other_answers_are_wrong(answer: str, accepted: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 from rayva.commands import score
 from rayva.errors import DataError, RecipeError
 from rayva.evaluation.predictions import Predictions, read_predictions
+from rayva.evaluation.tasks.registry import make_tasks
 from rayva.evaluation.tasks.scienceqa import (
     Problem,
     parse_choice,
@@ -133,6 +134,31 @@ def test_breakdowns_and_counts(data: dict[str, Path]) -> None:
     assert found["reported_by_file"] == {"acc": 50.0}
 
 
+def test_nulls_gaps_and_indices_as_text_are_read_and_counted(data: dict[str, Path]) -> None:
+    outputs = {"1": "The answer is A.", "2": None, "4": "A"}
+    results = {"1": "0", "2": "1", "3": 2.0, "4": None}
+    file = write(data["folder"] / "p.json", {"results": results, "outputs": outputs})
+    given = read_predictions(str(file))
+    assert given.indices == {"1": 0, "2": 1, "3": 2, "4": -1}
+    problems = read_problems(str(data["problems"]), str(data["splits"]), "test")
+    found = score_predictions(problems, given, "test").figures
+    assert (found["missing"], found["without_output"], found["without_index"]) == (0, 2, 0)
+    assert (found["from_outputs"]["correct"], found["from_outputs"]["unparsable"]) == (2, 2)
+    assert (found["from_indices"]["correct"], found["from_indices"]["unparsable"]) == (3, 1)
+    write(file, {"results": {"1": 0}, "outputs": outputs})
+    found = score_predictions(problems, read_predictions(str(file)), "test").figures
+    assert (found["missing"], found["without_index"], found["from_indices"]["unparsable"]) == (1, 2, 3)
+    write(file, {"results": {"1": 0, "2": 1}, "outputs": None})
+    assert read_predictions(str(file)).outputs == {}
+
+
+@pytest.mark.parametrize("index", ["B", "", "2.5", 2.5, True, [2]])
+def test_an_index_that_may_mean_anything_is_named(data: dict[str, Path], index: object) -> None:
+    file = write(data["folder"] / "p.json", {"results": {"1": 0, "7": index}})
+    with pytest.raises(DataError, match=r"results\['7'\]: expected a whole number"):
+        read_predictions(str(file))
+
+
 def test_without_a_file_of_splits_the_problems_say_it_themselves(data: dict[str, Path]) -> None:
     """All splits are in the official file of problems; a figure over all of them would be wrong."""
     path = str(data["problems"])
@@ -144,6 +170,33 @@ def test_without_a_file_of_splits_the_problems_say_it_themselves(data: dict[str,
     del whole["2"]["split"]
     data["problems"].write_text(json.dumps(whole))
     assert len(read_problems(path, None, "test")) == 5
+
+
+def test_an_evaluation_needs_no_file_of_splits_and_names_its_own_settings(data: dict[str, Path]) -> None:
+    def ids(*settings: str) -> list[str]:
+        (task,) = make_tasks(["scienceqa"], [f"scienceqa.folder={data['folder']}", *settings])
+        return [item.item_id for item in task.read()]
+
+    assert ids() == ["1", "2", "3", "4"]
+    write(data["splits"], {"test": ["3"], "train": []})
+    assert ids() == ["3"]  # the file counts where there is one
+    with pytest.raises(DataError, match=r"it has test, train\n.*as scienceqa\.split"):
+        ids("scienceqa.split=val")
+    data["splits"].unlink()
+    assert ids() == ["1", "2", "3", "4"]
+    assert ids("scienceqa.split=train") == ["9"]
+    with pytest.raises(DataError, match=r"scienceqa\.splits = .*nowhere"):
+        ids("scienceqa.splits=nowhere.json")
+    data["problems"].unlink()
+    with pytest.raises(DataError, match=r"scienceqa\.problems = "):
+        ids()
+
+
+def test_images_lie_in_a_folder_of_their_split_or_not(data: dict[str, Path]) -> None:
+    (task,) = make_tasks(["scienceqa"], [f"scienceqa.folder={data['folder']}"])
+    assert task.read()[1].pictures[0].uri == str(data["folder"] / "images" / "2" / "image.png")
+    (data["folder"] / "images" / "test").mkdir(parents=True)
+    assert task.read()[1].pictures[0].uri == str(data["folder"] / "images" / "test" / "2" / "image.png")
 
 
 def test_another_file_in_place_of_the_splits_is_named_in_a_line(data: dict[str, Path]) -> None:

@@ -97,7 +97,7 @@ def _params(comparison: Comparison) -> dict[str, Any]:
 
 
 def flat_metrics(comparison: Comparison) -> dict[str, float]:
-    """Every figure and difference with its interval, under names that MLflow takes."""
+    """Every figure and difference with its interval, by name."""
     metrics: dict[str, float] = {}
     first = comparison.runs[0].name
     for figure in comparison.figures:

@@ -157,7 +157,7 @@ def _verdicts(
 
 
 def _llava_bench(options: argparse.Namespace) -> dict[str, Any]:
-    runs = {path: read_reviews(path, options.candidate) for path in options.reviews}
+    runs = {path: read_reviews(path, options.candidate, options.compat) for path in options.reviews}
     if len(runs) < len(options.reviews):
         raise DataError("a file of reviews is given twice", "name each run once")
     return score_reviews(runs, options.compat).figures

@@ -76,7 +76,8 @@ class AnswerStore:
         """Kept answers to the wanted questions, by key; failures only where there is no answer."""
         keys = {one.key for one in wanted}
         found: dict[str, Answered] = {}
-        for name in self._storage.list(PARTS):
+        # What a killed process was writing lies beside them under another ending.
+        for name in (name for name in self._storage.list(PARTS) if name.endswith(".json")):
             for raw in self._storage.read_json(f"{PARTS}/{name}"):
                 row = Answered(**raw)
                 if row.key in keys and (row.key not in found or found[row.key].error):

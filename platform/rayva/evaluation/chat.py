@@ -14,7 +14,10 @@ from rayva.llm.client import ChatClient, Endpoint
 from rayva.llm.request import ChatAnswer, ChatRequest, PassingError, PermanentError
 
 Told = Callable[[ChatRequest, ChatAnswer | str], None]
-"""Is given each request with its answer, or with the reason why this question alone is refused."""
+"""Is given each request with its answer, or with the reason why this question alone has none."""
+
+_FAILURES_IN_A_ROW = 10
+"""At least so many questions fail one after the other, after all attempts, before all are given up."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +39,19 @@ class ChatModel:
     def ask_all(self, requests: Iterable[ChatRequest], told: Told, cache: AnswerCache | None = None) -> None:
         """Asks all requests, `endpoint.concurrency` at a time; they are made as they are needed.
 
+        A question at which the endpoint goes on failing is told with the reason, as a refused one is.
+
         Raises:
-            ServingError: the endpoint refuses everything, or goes on failing at one question.
+            ServingError: the endpoint is not there, refuses everything, or fails at many questions in a row.
         """
         asyncio.run(self._ask_all(iter(requests), told, cache))
 
     async def _ask_all(self, requests: Iterator[ChatRequest], told: Told, cache: AnswerCache | None) -> None:
+        failures = _Failures(max(_FAILURES_IN_A_ROW, 2 * self.endpoint.concurrency))
         try:
             async with ChatClient(self.endpoint, cache) as client, asyncio.TaskGroup() as group:
                 for _ in range(self.endpoint.concurrency):
-                    group.create_task(_work(client, requests, told))
+                    group.create_task(_work(client, requests, told, failures))
         except* (PassingError, PermanentError, RayvaError) as errors:
             first = errors.exceptions[0]
             if isinstance(first, RayvaError):
@@ -60,13 +66,39 @@ class ChatModel:
                 cache.close()
 
 
-async def _work(client: ChatClient, requests: Iterator[ChatRequest], told: Told) -> None:
+@dataclass
+class _Failures:
+    """Tells an endpoint that is away from one that fails at some questions."""
+
+    limit: int
+    in_a_row: int = 0
+    heard: bool = False
+    """Whether anything has come back yet."""
+
+    def none(self) -> None:
+        """A question was answered or refused: the endpoint works."""
+        self.in_a_row, self.heard = 0, True
+
+    def one(self, error: PassingError) -> None:
+        """A question has failed for good; raises `error` where others would fail, too."""
+        self.in_a_row += 1
+        self.heard = self.heard or error.reached
+        if not self.heard or self.in_a_row >= self.limit:
+            raise error
+
+
+async def _work(client: ChatClient, requests: Iterator[ChatRequest], told: Told, failures: _Failures) -> None:
     for request in requests:
         try:
             answer: ChatAnswer | str = await client.ask(request)
+            failures.none()
         except PermanentError as error:
             if error.fatal:
                 raise
+            failures.none()
+            answer = str(error)
+        except PassingError as error:
+            failures.one(error)
             answer = str(error)
         told(request, answer)
 

@@ -14,7 +14,14 @@ from typing import Any
 from rayva.evaluation.chat import ChatModel
 from rayva.evaluation.predictions import Predictions
 from rayva.evaluation.records import lines
-from rayva.evaluation.reviews import FAILED, Compat, parse_scores, read_reviews, score_reviews
+from rayva.evaluation.reviews import (
+    CANDIDATE_FIRST,
+    Compat,
+    in_order,
+    parse_scores,
+    read_reviews,
+    score_reviews,
+)
 from rayva.evaluation.rules import SYSTEM
 from rayva.evaluation.tasks.base import Result, Scored
 from rayva.evaluation.tasks.llava_bench import LlavaBench, ReviewRequest
@@ -22,7 +29,7 @@ from rayva.evaluation.tasks.scienceqa import Problem
 from rayva.evaluation.tasks.scienceqa_ensemble import JUDGE_SYSTEM, answer_of, disagreements, judge_prompt
 from rayva.llm.cache import AnswerCache
 from rayva.llm.request import ChatAnswer, ChatRequest, Sampling
-from rayva.progress import Progress
+from rayva.progress import Progress, say
 from rayva.storage import Storage
 
 _KEPT = "judge"
@@ -79,11 +86,12 @@ def review(
         paths.append(f"{task.name}/reviews-{run}.jsonl")
         storage.write_bytes(paths[-1], lines(rows))
     known: list[Scored] = list(task.rows(answers))
-    runs = {path: read_reviews(storage.uri(path)) for path in paths} if requests else {}
+    runs = {path: read_reviews(storage.uri(path), compat=compat) for path in paths} if requests else {}
     if not runs:
         return task.score([], answers)
     result = score_reviews(runs, compat, known)
     result.figures["judge"] = judge.describe()
+    result.figures["judge_could_not_be_asked"] = sum(isinstance(reply, str) for reply in replies.values())
     return result
 
 
@@ -134,7 +142,7 @@ def decide(
 
 
 def _ask(model: ChatModel, calls: Sequence[ChatRequest], cache: AnswerCache) -> dict[str, ChatAnswer | str]:
-    """Answers, or the reason of a refusal, by the call's digest; kept answers are not asked for again."""
+    """Answers, or the reason why there is none, by the call's digest; kept ones are not asked for again."""
     replies: dict[str, ChatAnswer | str] = {}
     for call in calls:
         known = cache.get(call)
@@ -148,21 +156,21 @@ def _ask(model: ChatModel, calls: Sequence[ChatRequest], cache: AnswerCache) -> 
             progress.advance()
 
         model.ask_all(todo.values(), told, cache)
+    if errors := [reply for reply in replies.values() if isinstance(reply, str)]:
+        say(f"warning: the judge could not be asked {len(errors)} of {len(replies)} questions; {errors[0]}")
     return replies
 
 
 def _row(one: _Wanted, reply: ChatAnswer | str, judge: Judge) -> dict[str, Any]:
     request = one.request
     text = "" if isinstance(reply, str) else reply.text
-    scores = parse_scores(text)
-    if request.swapped and scores != FAILED:
-        scores = scores[::-1]
+    scores = in_order(parse_scores(text), request.swapped)
     record = {
         "question_id": request.question_id,
         "category": request.category,
         "content": text,
         "tuple": list(scores),
-        "order": "candidate_first" if request.swapped else "reference_first",
+        "order": CANDIDATE_FIRST if request.swapped else "reference_first",
         "run": one.run,
         "judge": judge.model.model,
         "temperature": judge.temperature,

@@ -8,24 +8,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from rayva.errors import DataError
-from rayva.evaluation.reading import (
-    as_id,
-    as_integer,
-    as_object,
-    as_text,
-    read_rows,
-    unique,
-)
+from rayva.evaluation.reading import as_id, as_integer, as_object, as_text, read_rows, unique
 
 _FORMS = (
     "give {results, outputs}, JSON Lines of {question_id, text}, or {id: text} "
     "(docs/evaluate.md lists the forms)"
 )
+NO_CHOICE = -1
+"""The index that the original writes for an answer that names no choice."""
+_WHOLE_NUMBER = re.compile(r"\s*-?[0-9]{1,9}\s*")
 _ID_KEYS = ("question_id", "id", "questionId")
 _TEXT_KEYS = ("text", "answer", "pred", "output")
 
@@ -35,8 +32,9 @@ class Predictions:
     """What a model answered.
 
     Attributes:
-        outputs: answer by question id; empty where the file has only indices.
+        outputs: answer by question id; empty where the file has only indices. A file may lack some.
         indices: stored choice by question id; None where the file has none. Outside the choices: no answer.
+            A file may lack some.
         reported: figures that the file itself states (`acc`, `correct`, `count`).
     """
 
@@ -48,7 +46,7 @@ class Predictions:
     @property
     def ids(self) -> list[str]:
         """Ids of all answered questions."""
-        return list(self.outputs or self.indices or {})
+        return list({**self.outputs, **(self.indices or {})})
 
     def only(self, ids: Container[str]) -> Predictions:
         """The predictions of some questions."""
@@ -82,27 +80,44 @@ def _document(path: str, whole: dict[str, Any]) -> Predictions:
 
 
 def _results(path: str, whole: dict[str, Any]) -> Predictions:
-    outputs = as_object(whole.get("outputs", {}), f"{path}: outputs")
-    results = whole.get("results")
+    """A null is no answer: an empty text, or an index that is no choice."""
+    outputs, results = (_entries(path, whole, name) for name in ("outputs", "results"))
     if not outputs and not results:
         raise DataError(f"{path} holds no predictions: its outputs and results are empty", _FORMS)
-    texts = {key: as_text(value, f"{path}: outputs[{key!r}]") for key, value in outputs.items()}
-    indices = None
-    if results:
-        stored = as_object(results, f"{path}: results").items()
-        indices = {key: as_integer(value, f"{path}: results[{key!r}]") for key, value in stored}
-        if texts and indices.keys() != texts.keys():
-            odd = sorted(indices.keys() ^ texts.keys())
-            raise DataError(
-                f"{path}: results and outputs are of different questions ({odd[0]!r} is in only one)",
-                "the file may be cut or put together from two; write it again",
-            )
+    texts = {
+        key: as_text("" if value is None else value, f"{path}: outputs[{key!r}]")
+        for key, value in outputs.items()
+    }
+    indices = {key: _index(value, f"{path}: results[{key!r}]") for key, value in results.items()}
+    if texts and indices and not (indices.keys() <= texts.keys() or texts.keys() <= indices.keys()):
+        odd = sorted(indices.keys() - texts.keys()), sorted(texts.keys() - indices.keys())
+        raise DataError(
+            f"{path}: results and outputs are of different questions ({odd[0][0]!r} is in results only, "
+            f"{odd[1][0]!r} in outputs only)",
+            "the file may be put together from two; write it again",
+        )
     figures = {
         name: float(whole[name])
         for name in ("acc", "correct", "count")
         if isinstance(whole.get(name), (int, float)) and abs(whole[name]) < 1e12
     }
-    return Predictions(path, texts, indices, figures)
+    return Predictions(path, texts, indices or None, figures)
+
+
+def _entries(path: str, whole: dict[str, Any], name: str) -> dict[str, Any]:
+    given = whole.get(name)
+    return {} if given is None else as_object(given, f"{path}: {name}")
+
+
+def _index(value: object, where: str) -> int:
+    """An index, also as text or as a number with nothing behind the point; null is `NO_CHOICE`."""
+    if value is None:
+        return NO_CHOICE
+    if isinstance(value, str) and _WHOLE_NUMBER.fullmatch(value):
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return as_integer(value, where)
 
 
 def _analysed(path: str, whole: dict[str, Any]) -> Iterable[tuple[str, str]]:

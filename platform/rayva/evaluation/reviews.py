@@ -1,7 +1,8 @@
 """Reviews of a judge, and the relative score of LLaVA-Bench: the candidate's points over the reference's.
 
 A review whose first line holds no two numbers is a failure. It is counted and left out of the mean; the
-original writes [-1, -1] and averages that in, which `compat="original"` reproduces.
+original writes [-1, -1] and averages that in, which `compat="original"` reproduces, with the original's
+narrower rule for what two numbers are.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from rayva.evaluation.reading import as_id, as_number, as_object, as_text, read_
 from rayva.evaluation.tasks.base import PRECISION, Result, Scored
 
 FAILED = (-1.0, -1.0)
+CANDIDATE_FIRST = "candidate_first"
 _LARGEST = 1000.0
 """Scores go to 10, or perhaps to 100; a larger number is a mistake and no score."""
 Compat = Literal["none", "original"]
@@ -39,12 +41,15 @@ class Review:
         return self.scores == FAILED
 
 
-def parse_scores(content: str) -> tuple[float, float]:
-    """The two scores in a review's first line, by the original's rule: separated by a space or a comma.
+def parse_scores(content: str, compat: Compat = "none") -> tuple[float, float]:
+    """The two scores in a review's first line, separated by space, a comma, or both.
+
+    The original takes exactly one space or comma and nothing around the numbers, so that "8, 7" is a failure.
 
     `FAILED` where the line is anything else, or a number cannot be a score.
     """
-    first = content.split("\n")[0].replace(",", " ").split()
+    line = content.split("\n")[0].replace(",", " ")
+    first = line.split(" ") if compat == "original" else line.split()
     if len(first) != 2:
         return FAILED
     try:
@@ -54,11 +59,17 @@ def parse_scores(content: str) -> tuple[float, float]:
     return scores if all(0 <= score <= _LARGEST for score in scores) else FAILED
 
 
-def read_reviews(path: str, candidate: Literal[1, 2] = 2) -> list[Review]:
+def in_order(scores: tuple[float, float], swapped: bool) -> tuple[float, float]:
+    """The scores as (reference, candidate), of a review that was shown the candidate first if `swapped`."""
+    return scores[::-1] if swapped and scores != FAILED else scores
+
+
+def read_reviews(path: str, candidate: Literal[1, 2] = 2, compat: Compat = "none") -> list[Review]:
     """The reviews of one run.
 
     Args:
         candidate: which of the two answers is the candidate's (2 in LLaVA's files, the reference being 1).
+        compat: whose rule reads the scores of reviews that hold none, or that Rayva's judge has written.
 
     Raises:
         DataError: the file is missing, empty, cut, or holds something else than reviews.
@@ -66,7 +77,8 @@ def read_reviews(path: str, candidate: Literal[1, 2] = 2) -> list[Review]:
     reviews = []
     seen: set[tuple[str, str]] = set()
     for number, value in enumerate(read_rows(path, "--reviews"), 1):
-        review = _review(as_object(value, f"{path}: row {number}"), f"{path}: row {number}", candidate)
+        where = f"{path}: row {number}"
+        review = _review(as_object(value, where), where, candidate, compat)
         key = (review.question_id, review.order)
         if key in seen:
             raise DataError(
@@ -80,7 +92,7 @@ def read_reviews(path: str, candidate: Literal[1, 2] = 2) -> list[Review]:
     return reviews
 
 
-def _review(row: dict[str, Any], where: str, candidate: int) -> Review:
+def _review(row: dict[str, Any], where: str, candidate: int, compat: Compat) -> Review:
     if "question_id" not in row:
         raise DataError(f"{where} has no question_id, so it is no review", _REMEDY)
     given = next((name for name in ("tuple", "score") if row.get(name) is not None), None)
@@ -88,8 +100,10 @@ def _review(row: dict[str, Any], where: str, candidate: int) -> Review:
     content = as_text(content, f"{where}: content")
     if given is not None:
         scores = _pair(row[given], f"{where}: {given}")
+        if compat == "original" and content and "judge" in row:  # our own file: the rule was ours
+            scores = in_order(parse_scores(content, compat), row.get("order") == CANDIDATE_FIRST)
     elif content and ("content" in row or any(key.startswith("answer1") for key in row)):
-        scores = parse_scores(content)  # a row with `text` alone may as well be an answer
+        scores = parse_scores(content, compat)  # a row with `text` alone may as well be an answer
     else:
         raise DataError(f"{where} has neither tuple nor score, so it is no review", _REMEDY)
     category = row.get("category")

@@ -22,12 +22,14 @@ def normalise(text: str) -> str:
     """`text` without case, punctuation, articles and extra space, for comparison.
 
     The minus of a negative number is no punctuation; it becomes `MINUS`, however it is written.
-    A text of nothing but punctuation or articles is kept: "#" is a name too.
+    A text of nothing but articles keeps them, since "(A)" names a choice; so does one of nothing but
+    punctuation: "#" is a name too.
     """
     folded = _NEGATIVE.sub(MINUS, unicodedata.normalize("NFKC", text).casefold())
     plain = "".join(" " if unicodedata.category(char).startswith("P") else char for char in folded)
-    words = [word for word in plain.split() if word not in _ARTICLES]
-    return " ".join(words) or " ".join(folded.split())
+    words = plain.split()
+    telling = [word for word in words if word not in _ARTICLES]
+    return " ".join(telling or words or folded.split())
 
 
 def is_right(answer: str, accepted: Iterable[str], match: str = "text") -> bool:

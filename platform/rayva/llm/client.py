@@ -191,7 +191,7 @@ class ChatClient:
                     if attempt == self._endpoint.attempts:
                         self._failed_in_a_row += 1
                         self._last_failure = f"{error} (after {attempt} attempts)"
-                        raise PassingError(self._last_failure) from error
+                        raise PassingError(self._last_failure, reached=error.reached) from error
                     await self._wait(attempt, error.retry_after)
                 except PermanentError:
                     self._failed_in_a_row = 0  # it is there, and answers
@@ -268,7 +268,7 @@ class ChatClient:
             raise PassingError(f"cut: the answer broke off: {error}", billed=True) from error
         except aiohttp.ClientError as error:
             reached = not isinstance(error, aiohttp.ClientConnectorError)
-            raise PassingError(f"connection: {error}", billed=reached) from error
+            raise PassingError(f"connection: {error}", billed=reached, reached=reached) from error
         if (refused := self._dialect.learn(status, content, sent)) is not None:
             raise PassingError(f"dialect: the endpoint does not take {refused}")
         if status != 200:

@@ -94,12 +94,15 @@ class LLMError(Exception):
 class PassingError(LLMError):
     """The same call may succeed later; `retry_after` is the endpoint's own advice in seconds.
 
-    `billed`: the endpoint may have done the work, and will want to be paid for it.
+    `billed`: the endpoint may have done the work, and will want to be paid for it. `reached`: something
+    answers, or at least listens, at the endpoint's address.
     """
 
-    def __init__(self, what: str, retry_after: float | None = None, billed: bool = False) -> None:
+    def __init__(
+        self, what: str, retry_after: float | None = None, billed: bool = False, reached: bool = True
+    ) -> None:
         super().__init__(what)
-        self.retry_after, self.billed = retry_after, billed
+        self.retry_after, self.billed, self.reached = retry_after, billed, reached
 
 
 class PermanentError(LLMError):

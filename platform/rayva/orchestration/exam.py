@@ -379,7 +379,7 @@ def _report(exam: Exam, figures: Mapping[str, Any], storage: Storage) -> None:
 def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, float]]:
     """Every number of nested figures as task/section/name."""
     for name, value in values.items():
-        key = "".join(c if c.isalnum() or c in "_-./ :" else "_" for c in f"{prefix}{name}")
+        key = f"{prefix}{name}"
         if isinstance(value, Mapping):
             yield from _numbers(value, f"{key}/")
         elif isinstance(value, (int, float)):

@@ -12,6 +12,7 @@ from rayva.provenance import code_version
 from rayva.redaction import redact
 from rayva.storage import Storage
 from rayva.tracking.address import TrackingError, tracking_uri
+from rayva.tracking.keys import with_clean_keys
 from rayva.tracking.mlflow_tracker import flatten
 from rayva.tracking.outbox import Operation, Rejected, ServerAway
 from rayva.tracking.server import MlflowServer
@@ -29,7 +30,7 @@ def log_report(
 ) -> str:
     """Logs a run with its settings, figures and files; returns the store's URI without secrets.
 
-    The same result logged again goes on in the same run.
+    The same result logged again goes on in the same run. Names that MLflow refuses are mended.
 
     Args:
         uri: tracking URI; None is a SQLite file under the storage root.
@@ -48,8 +49,8 @@ def log_report(
     operations: list[Operation] = [
         {"op": "run", "name": name, "parent": None, "time": now},
         {"op": "tags", "values": {"rayva.commit": str(code["commit"]), "rayva.tree": str(code["tree"])}},
-        {"op": "params", "values": values},
-        {"op": "metrics", "rows": [(0, dict(metrics))], "time": now},
+        {"op": "params", "values": with_clean_keys(values)},
+        {"op": "metrics", "rows": [(0, with_clean_keys(metrics))], "time": now},
         *({"op": "artifact", "path": path, "folder": path.rpartition("/")[0]} for path in artifacts),
         {"op": "status", "status": "FINISHED", "time": now},
     ]
@@ -58,8 +59,9 @@ def log_report(
         for operation in operations:
             server.apply({**operation, "run": run})
     except (ServerAway, Rejected) as error:
+        mend = "start the tracking server" if isinstance(error, ServerAway) else "mend what it refuses"
         raise TrackingError(
             f"The result cannot be logged to {redact(place)}: {error}",
-            "start the tracking server and give the same command again; nothing is asked twice",
+            f"{mend} and give the same command again; nothing is asked twice",
         ) from error
     return redact(place)

@@ -12,13 +12,19 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
+from pydantic import AfterValidator
+
+from rayva.data.locations import absolute
 from rayva.recipes.schema import Config
 from rayva.text.conversation import IMAGE, Message
 
 PRECISION = 4
 """Decimals of figures in JSON."""
+
+Place = Annotated[str, AfterValidator(absolute)]
+"""A path or URI as a setting. Paths are made absolute: they are written down, and read again elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from rayva.errors import DataError
 from rayva.evaluation.gate import decide
 from rayva.evaluation.grounding import GATE_TASK, Ask, plan_asks
 from rayva.evaluation.metrics import Answer, accuracies, grounding_figures, tally
-from rayva.evaluation.tasks.base import Item, Picture, Result, Scored, TaskSettings
+from rayva.evaluation.tasks.base import Item, Picture, Place, Result, Scored, TaskSettings
 from rayva.evaluation.tasks.vqa import answer_kind, read_questions
 from rayva.recipes.schema import Evaluation
 from rayva.steps import SUMMARY, StepFolder, read_summary
@@ -31,11 +31,11 @@ from rayva.storage import Storage
 class GroundingSettings(TaskSettings):
     """Where the questions are, and what the gate demands."""
 
-    run: str | None = None
+    run: Place | None = None
     """Storage root of a run."""
-    data: str | None = None
+    data: Place | None = None
     """LLaVA JSON instead of a run."""
-    images: str | None = None
+    images: Place | None = None
     """Folder of the images of `data`; default: the file's own folder."""
     max_questions: int | None = None
     seed: int = 0

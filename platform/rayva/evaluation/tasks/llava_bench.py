@@ -16,7 +16,7 @@ from rayva.errors import DataError
 from rayva.evaluation.predictions import read_predictions
 from rayva.evaluation.reading import as_id, as_object, as_text, read_rows
 from rayva.evaluation.rules import Context, Rule, read_contexts, read_rules, review_prompt, rule_for
-from rayva.evaluation.tasks.base import Item, Picture, Result, Scored, TaskSettings, ask
+from rayva.evaluation.tasks.base import Item, Picture, Place, Result, Scored, TaskSettings, ask
 
 # Names of the released files: in the wild first, then COCO's.
 _QUESTIONS = ("questions.jsonl", "qa90_questions.jsonl")
@@ -50,13 +50,13 @@ class ReviewRequest:
 class LlavaBenchSettings(TaskSettings):
     """Where the data is; files that are not named are looked for in the folder under their released names."""
 
-    folder: str | None = None
-    questions: str | None = None
-    references: str | None = None
-    contexts: str | None = None
-    images: str | None = None
+    folder: Place | None = None
+    questions: Place | None = None
+    references: Place | None = None
+    contexts: Place | None = None
+    images: Place | None = None
     """Folder of the images; COCO's may carry the prefix COCO_val2014_ or not."""
-    rules: str | None = None
+    rules: Place | None = None
     """Rules for the judge in the original's format (rule.json); default: built-in ones."""
     max_new_tokens: int = 1024
 

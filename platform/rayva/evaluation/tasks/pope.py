@@ -17,7 +17,7 @@ from rayva.data.locations import is_folder, join, list_folder
 from rayva.errors import DataError
 from rayva.evaluation.predictions import row_text
 from rayva.evaluation.reading import as_id, as_object, as_text, read_rows, shown, unique
-from rayva.evaluation.tasks.base import Item, Picture, Result, Scored, TaskSettings, ask, percent
+from rayva.evaluation.tasks.base import Item, Picture, Place, Result, Scored, TaskSettings, ask, percent
 
 _LABEL_FILE = re.compile(r"(?:coco_)?pope_(?P<category>\w+)\.jsonl?")
 _NEGATIVE = {"No", "not", "no"}
@@ -93,9 +93,9 @@ def label_files(folder: str) -> list[str]:
 class PopeSettings(TaskSettings):
     """Where the data is."""
 
-    folder: str | None = None
+    folder: Place | None = None
     """Holds the label files."""
-    images: str | None = None
+    images: Place | None = None
     """Folder of COCO's val2014 images; default: `val2014` in the folder, or the folder itself."""
     short_answers: bool = True
     """Ends each question with the instruction to answer in a word (as LLaVA 1.5 does)."""

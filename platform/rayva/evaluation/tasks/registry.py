@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from rayva.errors import RecipeError
-from rayva.evaluation.tasks.base import Task, TaskSettings
+from rayva.evaluation.tasks.base import Place, Task, TaskSettings
 from rayva.evaluation.tasks.grounding import Grounding, GroundingSettings
 from rayva.evaluation.tasks.llava_bench import LlavaBench, LlavaBenchSettings
 from rayva.evaluation.tasks.pope import Pope, PopeSettings
@@ -79,7 +79,7 @@ def _make(name: str, given: dict[str, Any]) -> Task:
 def _value(settings: type[TaskSettings], key: str, value: str) -> Any:
     """Text where the setting takes text; else what YAML reads."""
     field = settings.model_fields[key]
-    if field.annotation in (str, str | None):
+    if field.annotation in (str, Place | None):
         return value
     try:
         return yaml.safe_load(value)

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any, ClassVar, Literal
 
-from rayva.data.locations import join, parent
+from rayva.data.locations import is_folder, is_there, join, parent
 from rayva.errors import DataError
-from rayva.evaluation.predictions import Predictions, require_overlap
+from rayva.evaluation.predictions import NO_CHOICE, Predictions, require_overlap
 from rayva.evaluation.reading import (
     as_id,
     as_integer,
@@ -25,7 +25,7 @@ from rayva.evaluation.reading import (
     read_document,
     shown,
 )
-from rayva.evaluation.tasks.base import Item, Picture, Result, Scored, TaskSettings, ask, percent
+from rayva.evaluation.tasks.base import Item, Picture, Place, Result, Scored, TaskSettings, ask, percent
 
 _STATED = re.compile(r"The answer is ([A-Z]).")
 _LEPA = re.compile(r"ANSWER: ([A-Z])\.")
@@ -57,23 +57,28 @@ class Problem:
         return "" if index is None else ascii_uppercase[index]
 
 
-def read_problems(problems: str, splits: str | None, split: str) -> list[Problem]:
+def read_problems(problems: str, splits: str | None, split: str, setting: str = "--") -> list[Problem]:
     """The problems of a split, in the split's order.
 
     Without a file of splits, those whose own field `split` names it; all of them where they have none.
 
+    Args:
+        setting: what stands before the names of the settings, for messages.
+
     Raises:
         DataError: a file is missing, cut or of another form, or a problem is not whole.
     """
-    whole = as_object(read_document(problems, "--problems"), problems)
+    whole = as_object(read_document(problems, f"{setting}problems"), problems)
     ids = _own_split(whole, split)
     if splits is not None:
-        table = as_object(read_document(splits, "--splits"), splits)
+        table = as_object(read_document(splits, f"{setting}splits"), splits)
         if not isinstance(table.get(split), list):
             named = sorted(name for name, value in table.items() if isinstance(value, list))
             raise DataError(
                 f"{splits} has no split {split!r}; it has {', '.join(named[:_SHOWN_SPLITS]) or 'none'}",
-                "name one of them with --split" if named else "give pid_splits.json as --splits",
+                f"name one of them as {setting}split"
+                if named
+                else f"give pid_splits.json as {setting}splits",
             )
         ids = [as_id(key, f"{splits}: {split}") for key in table[split]]
     lacking = [key for key in ids if key not in whole]
@@ -83,7 +88,10 @@ def read_problems(problems: str, splits: str | None, split: str) -> list[Problem
             "the file may be cut, or belong to other splits",
         )
     if len(set(ids)) < len(ids) or not ids:
-        raise DataError(f"{splits or problems}: {split!r} is empty or names a problem twice", "check it")
+        raise DataError(
+            f"{splits or problems}: {split!r} is empty or names a problem twice",
+            f"check it, and {setting}split",
+        )
     return [_problem(key, whole[key], f"{problems}: problem {key}") for key in ids]
 
 
@@ -154,11 +162,11 @@ def question_text(problem: Problem, form: Format) -> str:
 class ScienceQASettings(TaskSettings):
     """Where the data is and how it is asked."""
 
-    folder: str | None = None
-    """Holds problems.json, pid_splits.json and images/."""
-    problems: str | None = None
-    splits: str | None = None
-    images: str | None = None
+    folder: Place | None = None
+    """Holds problems.json, images/, and pid_splits.json unless the problems' own field `split` is meant."""
+    problems: Place | None = None
+    splits: Place | None = None
+    images: Place | None = None
     """Holds SPLIT/ID/IMAGE or ID/IMAGE; default: `images` in the folder."""
     split: str = "test"
     format: Format = "QCM-LEA"
@@ -167,7 +175,7 @@ class ScienceQASettings(TaskSettings):
     image_position: Literal["front", "end"] = "front"
     """`end` is the data's own order (input, then image); LLaVA 1.0 and later move it to the front."""
     max_new_tokens: int = 1024
-    second: str | None = None
+    second: Place | None = None
     """Predictions of a second model, for an ensemble with it."""
     ensemble: Literal["complement", "judge"] = "complement"
 
@@ -187,19 +195,28 @@ class ScienceQA:
             raise DataError("ScienceQA's data is not named", "set scienceqa.folder=FOLDER")
         folder = given.folder or parent(str(given.problems))
         problems = given.problems or join(folder, "problems.json")
-        return read_problems(problems, given.splits or join(folder, "pid_splits.json"), given.split)
+        splits = given.splits
+        usual = join(folder, "pid_splits.json")
+        if splits is None and is_there(usual, f"{self.name}.folder"):
+            splits = usual
+        return read_problems(problems, splits, given.split, f"{self.name}.")
 
     def read(self) -> list[Item]:
         """See `Task.read`."""
-        return [self._item(problem) for problem in self.problems()]
+        problems = self.problems()
+        given = self.settings
+        images = given.images or join(given.folder or parent(str(given.problems)), "images")
+        of_split = join(images, given.split)
+        if is_folder(of_split, f"{self.name}.images"):
+            images = of_split
+        return [self._item(problem, images) for problem in problems]
 
-    def _item(self, problem: Problem) -> Item:
+    def _item(self, problem: Problem, images: str) -> Item:
         given = self.settings
         pictures = []
         if problem.image:
-            folder = given.images or join(given.folder or parent(str(given.problems)), "images")
-            uri = join(folder, f"{given.split}/{problem.problem_id}/{problem.image}")
-            pictures = [Picture(f"{problem.problem_id}/{problem.image}", uri)]
+            name = f"{problem.problem_id}/{problem.image}"
+            pictures = [Picture(name, join(images, name))]
         message = ask(question_text(problem, given.format), len(pictures), given.image_position)
         # A model trained on QCM-LEPA with the separator ### stops before "ANSWER:", and is asked to go on.
         then = "\n###\nANSWER:" if given.format == "QCM-LEPA" else ""
@@ -243,6 +260,9 @@ def score_predictions(
         "from_indices": None if stored is None else figures_of(problems, stored),
     }
     if parsed is not None and stored is not None:
+        answered = ids - missing
+        figures["without_output"] = sum(not predictions.outputs.get(key) for key in answered)
+        figures["without_index"] = sum(key not in (predictions.indices or {}) for key in answered)
         figures["differ"] = list(_differences(problems, parsed, stored))[:_SHOWN_DIFFERENCES]
     if predictions.reported:
         figures["reported_by_file"] = predictions.reported
@@ -270,7 +290,7 @@ def stored_choices(problems: Sequence[Problem], predictions: Predictions) -> Cho
     """Stored indices; one that is none of the choices (the original writes -1) is None."""
     if predictions.indices is None:
         return None
-    stored = ((p, predictions.indices.get(p.problem_id, -1)) for p in problems)
+    stored = ((p, predictions.indices.get(p.problem_id, NO_CHOICE)) for p in problems)
     return {p.problem_id: index if 0 <= index < len(p.choices) else None for p, index in stored}
 
 

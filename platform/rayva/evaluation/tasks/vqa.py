@@ -18,7 +18,7 @@ from rayva.data.quarantine import BadRow
 from rayva.data.splits import UniqueIds
 from rayva.errors import DataError
 from rayva.evaluation.score import MINUS, is_right, normalise
-from rayva.evaluation.tasks.base import Item, Picture, Result, Scored, TaskSettings, percent
+from rayva.evaluation.tasks.base import Item, Picture, Place, Result, Scored, TaskSettings, percent
 from rayva.text.conversation import Message, messages_from_turns
 
 
@@ -72,9 +72,9 @@ def _questions(ids: UniqueIds, index: int, value: object, first_only: bool) -> I
 class VqaSettings(TaskSettings):
     """Where the data is."""
 
-    data: str | None = None
+    data: Place | None = None
     """LLaVA JSON or JSON Lines."""
-    images: str | None = None
+    images: Place | None = None
     """Folder of the images; default: the data's own folder."""
     first_only: bool = False
     """Asks only the first question of each conversation."""
