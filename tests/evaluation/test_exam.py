@@ -113,7 +113,7 @@ def test_what_a_killed_process_was_writing_is_no_answer(tmp_path: Path) -> None:
     killed = (
         "import os, signal, sys; from rayva.storage import Storage\n"
         "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "Storage(sys.argv[1]).write_json('parts/' + 'a' * 32 + '.json', [])"
+        "Storage(sys.argv[1]).write_bytes('parts/' + 'a' * 32 + '.json', b'[{')"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
     done = subprocess.run([sys.executable, "-c", killed, str(tmp_path / "out")], env=environment, check=False)
