@@ -78,6 +78,17 @@ def test_a_question_that_always_fails_is_counted_and_asked_again_by_a_later_star
         assert len(server.calls) == calls + 6 + 1
 
 
+def test_many_questions_that_always_fail_do_not_block_a_later_start(tmp_path: Path) -> None:
+    settings = [f"pope.folder={make_pope(tmp_path / 'pope', 60)}", f"vqa.data={make_vqa(tmp_path / 'vqa')}"]
+    out = Storage(str(tmp_path / "out"))
+    # Every second one, so that the first start meets no long row of them: a later start meets nothing else.
+    with ChatServer(failing_at(*(f" {n}?" for n in range(0, 60, 2)))) as server:
+        found = run_exam(exam(server, ["pope"], settings[:1]), out)["pope"]
+        assert found["could_not_be_asked"] == 60
+        found = run_exam(exam(server, ["pope", "vqa"], settings), out)
+    assert (found["pope"]["could_not_be_asked"], found["vqa"]["count"]) == (60, 6)
+
+
 def test_a_judge_that_always_fails_at_one_question_leaves_it_out(tmp_path: Path) -> None:
     settings = [f"llava_bench.folder={make_llava_bench(tmp_path / 'bench')}"]
     out = Storage(str(tmp_path / "out"))
