@@ -78,25 +78,38 @@ def test_a_question_that_always_fails_is_counted_and_asked_again_by_a_later_star
         assert len(server.calls) == calls + 6 + 1
 
 
+def test_many_questions_that_always_fail_do_not_block_a_later_start(tmp_path: Path) -> None:
+    settings = [f"pope.folder={make_pope(tmp_path / 'pope', 60)}", f"vqa.data={make_vqa(tmp_path / 'vqa')}"]
+    out = Storage(str(tmp_path / "out"))
+    # Every second one, so that the first start meets no long row of them: a later start meets nothing else.
+    with ChatServer(failing_at(*(f" {n}?" for n in range(0, 60, 2)))) as server:
+        found = run_exam(exam(server, ["pope"], settings[:1]), out)["pope"]
+        assert found["could_not_be_asked"] == 60
+        found = run_exam(exam(server, ["pope", "vqa"], settings), out)
+    assert (found["pope"]["could_not_be_asked"], found["vqa"]["count"]) == (60, 6)
+
+
 def test_a_judge_that_always_fails_at_one_question_leaves_it_out(tmp_path: Path) -> None:
     settings = [f"llava_bench.folder={make_llava_bench(tmp_path / 'bench')}"]
     out = Storage(str(tmp_path / "out"))
     broken = ["picture 1?"]
+    runs = 15  # more of them than may fail in a row
 
     def grade(number: int, body: dict[str, Any]) -> Any:
         answer = failing_at(*broken)(number, body)
         return "8 6" if answer == "Yes." else answer
 
     with ChatServer(lambda *_: "A cup.") as server, ChatServer(grade) as other:
-        judged = exam(server, ["llava_bench"], settings, judge=Judge(chat_model(other)))
+        judged = exam(server, ["llava_bench"], settings, judge=Judge(chat_model(other), runs=runs))
         found = run_exam(judged, out)["llava_bench"]
-        assert (found["relative_score"], found["parse_failures"]) == (75.0, 1)
-        assert found["judge_could_not_be_asked"] == 1
+        assert (found["relative_score"], found["parse_failures"]) == (75.0, runs)
+        assert found["judge_could_not_be_asked"] == runs
+        assert run_exam(judged, out)["llava_bench"] == found
         broken.clear()
         calls = len(other.calls)
         found = run_exam(judged, out)["llava_bench"]
         assert (found["parse_failures"], found["judge_could_not_be_asked"]) == (0, 0)
-        assert len(other.calls) == calls + 1
+        assert len(other.calls) == calls + runs
 
 
 def test_an_endpoint_that_fails_at_everything_is_given_up(tmp_path: Path) -> None:
@@ -113,7 +126,7 @@ def test_what_a_killed_process_was_writing_is_no_answer(tmp_path: Path) -> None:
     killed = (
         "import os, signal, sys; from rayva.storage import Storage\n"
         "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "Storage(sys.argv[1]).write_json('parts/' + 'a' * 32 + '.json', [])"
+        "Storage(sys.argv[1]).write_bytes('parts/' + 'a' * 32 + '.json', b'[{')"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
     done = subprocess.run([sys.executable, "-c", killed, str(tmp_path / "out")], env=environment, check=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -36,18 +36,29 @@ class ChatModel:
         """What identifies it."""
         return {"endpoint": self.endpoint.base_url, "model": self.model}
 
-    def ask_all(self, requests: Iterable[ChatRequest], told: Told, cache: AnswerCache | None = None) -> None:
+    def ask_all(
+        self,
+        requests: Iterable[ChatRequest],
+        told: Told,
+        cache: AnswerCache | None = None,
+        doubtful: Container[str] = (),
+    ) -> None:
         """Asks all requests, `endpoint.concurrency` at a time; they are made as they are needed.
 
         A question at which the endpoint goes on failing is told with the reason, as a refused one is.
 
+        Args:
+            doubtful: digests of requests that have failed before, which says nothing of the others.
+
         Raises:
             ServingError: the endpoint is not there, refuses everything, or fails at many questions in a row.
         """
-        asyncio.run(self._ask_all(iter(requests), told, cache))
+        failures = _Failures(max(_FAILURES_IN_A_ROW, 2 * self.endpoint.concurrency), doubtful)
+        asyncio.run(self._ask_all(iter(requests), told, cache, failures))
 
-    async def _ask_all(self, requests: Iterator[ChatRequest], told: Told, cache: AnswerCache | None) -> None:
-        failures = _Failures(max(_FAILURES_IN_A_ROW, 2 * self.endpoint.concurrency))
+    async def _ask_all(
+        self, requests: Iterator[ChatRequest], told: Told, cache: AnswerCache | None, failures: _Failures
+    ) -> None:
         try:
             async with ChatClient(self.endpoint, cache) as client, asyncio.TaskGroup() as group:
                 for _ in range(self.endpoint.concurrency):
@@ -71,6 +82,7 @@ class _Failures:
     """Tells an endpoint that is away from one that fails at some questions."""
 
     limit: int
+    doubtful: Container[str]
     in_a_row: int = 0
     heard: bool = False
     """Whether anything has come back yet."""
@@ -79,9 +91,9 @@ class _Failures:
         """A question was answered or refused: the endpoint works."""
         self.in_a_row, self.heard = 0, True
 
-    def one(self, error: PassingError) -> None:
+    def one(self, request: ChatRequest, error: PassingError) -> None:
         """A question has failed for good; raises `error` where others would fail, too."""
-        self.in_a_row += 1
+        self.in_a_row += request.digest not in self.doubtful
         self.heard = self.heard or error.reached
         if not self.heard or self.in_a_row >= self.limit:
             raise error
@@ -98,7 +110,7 @@ async def _work(client: ChatClient, requests: Iterator[ChatRequest], told: Told,
             failures.none()
             answer = str(error)
         except PassingError as error:
-            failures.one(error)
+            failures.one(request, error)
             answer = str(error)
         told(request, answer)
 

@@ -33,6 +33,8 @@ from rayva.progress import Progress, say
 from rayva.storage import Storage
 
 _KEPT = "judge"
+_FAILED = "judge-failed.json"
+"""Why calls have no answer, by their digest."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def review(
         for run in range(1, judge.runs + 1)
         for request in requests
     ]
-    replies = _ask(judge.model, [one.call for one in wanted], AnswerCache(storage, f"{task.name}/{_KEPT}"))
+    replies = _ask(judge.model, [one.call for one in wanted], storage, task.name)
     paths = []
     for run in range(1, judge.runs + 1):
         rows = [_row(one, replies[one.call.digest], judge) for one in wanted if one.run == run]
@@ -123,7 +125,7 @@ def decide(
         system = {"role": "system", "content": JUDGE_SYSTEM}
         user = {"role": "user", "content": judge_prompt(problem, *said)}
         calls[problem.problem_id] = ChatRequest(judge.model.model, (system, user), sampling)
-    replies = _ask(judge.model, list(calls.values()), AnswerCache(storage, f"{folder}/{_KEPT}"))
+    replies = _ask(judge.model, list(calls.values()), storage, folder)
     rows = [
         {
             "question_id": problem_id,
@@ -141,8 +143,11 @@ def decide(
     return Predictions(f"{folder}/judged.jsonl", {str(row["question_id"]): str(row["text"]) for row in rows})
 
 
-def _ask(model: ChatModel, calls: Sequence[ChatRequest], cache: AnswerCache) -> dict[str, ChatAnswer | str]:
+def _ask(
+    model: ChatModel, calls: Sequence[ChatRequest], storage: Storage, folder: str
+) -> dict[str, ChatAnswer | str]:
     """Answers, or the reason why there is none, by the call's digest; kept ones are not asked for again."""
+    cache, failed = AnswerCache(storage, f"{folder}/{_KEPT}"), f"{folder}/{_FAILED}"
     replies: dict[str, ChatAnswer | str] = {}
     for call in calls:
         known = cache.get(call)
@@ -155,9 +160,14 @@ def _ask(model: ChatModel, calls: Sequence[ChatRequest], cache: AnswerCache) -> 
             replies[call.digest] = reply
             progress.advance()
 
-        model.ask_all(todo.values(), told, cache)
-    if errors := [reply for reply in replies.values() if isinstance(reply, str)]:
-        say(f"warning: the judge could not be asked {len(errors)} of {len(replies)} questions; {errors[0]}")
+        doubtful = storage.read_json(failed) if storage.exists(failed) else {}
+        model.ask_all(todo.values(), told, cache, doubtful)
+    errors = {key: reply for key, reply in replies.items() if isinstance(reply, str)}
+    if errors or doubtful:
+        storage.write_json(failed, errors)
+    if errors:
+        why = next(iter(errors.values()))
+        say(f"warning: the judge could not be asked {len(errors)} of {len(replies)} questions; {why}")
     return replies
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
@@ -190,7 +190,7 @@ def _answer(exam: Exam, questions: Sequence[Asked], storage: Storage) -> dict[tu
     unique = list({one.key: one for one in todo}.values())
     if unique:
         if exam.endpoint is not None:
-            _ask_endpoint(exam.endpoint, unique, store)
+            _ask_endpoint(exam.endpoint, unique, store, failed_before=kept)
         else:
             from rayva.orchestration.answering import answer_all
 
@@ -199,9 +199,12 @@ def _answer(exam: Exam, questions: Sequence[Asked], storage: Storage) -> dict[tu
     return {(one.task, one.item.item_id): kept[one.key] for one in questions}
 
 
-def _ask_endpoint(model: ChatModel, questions: Sequence[Asked], store: AnswerStore) -> None:
+def _ask_endpoint(
+    model: ChatModel, questions: Sequence[Asked], store: AnswerStore, failed_before: Container[str]
+) -> None:
     """Every answer is on the storage before the next question takes its place."""
     waiting: dict[str, list[Asked]] = {}
+    doubtful: set[str] = set()
 
     with Progress("evaluate", len(questions), "answers") as progress:
 
@@ -218,6 +221,8 @@ def _ask_endpoint(model: ChatModel, questions: Sequence[Asked], store: AnswerSto
                     continue
                 request = ChatRequest(model.model, messages, _api_sampling(one.sampled))
                 waiting.setdefault(request.digest, []).append(one)
+                if one.key in failed_before:
+                    doubtful.add(request.digest)
                 yield request
 
         def told(request: ChatRequest, reply: ChatAnswer | str) -> None:
@@ -227,7 +232,7 @@ def _ask_endpoint(model: ChatModel, questions: Sequence[Asked], store: AnswerSto
             else:
                 keep(one, text=reply.text)
 
-        model.ask_all(requests(), told)
+        model.ask_all(requests(), told, doubtful=doubtful)
 
 
 def _api_sampling(sampled: Sampled) -> Sampling:
