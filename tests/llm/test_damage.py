@@ -47,6 +47,26 @@ def test_an_answer_can_always_be_written_and_never_costs_less_than_nothing() -> 
     assert read_completion(completion("\ud83d\ude00"), ONE, 0.0).text == "\U0001f600"
 
 
+@pytest.mark.parametrize("count", [10**20, 1e300, 10**9 + 1])
+def test_counts_of_tokens_that_cannot_be_are_estimated(tmp_path: Path, count: float) -> None:
+    storage = Storage(str(tmp_path))
+    usage = {"prompt_tokens": count, "completion_tokens": count}
+    good = json.dumps(completion("good", usage=usage)).encode()
+    [answer] = asyncio.run(_served([good], AnswerCache(storage), Budget(None)))
+    estimated = (ONE.estimated_prompt_tokens(), 2)
+    assert (answer.prompt_tokens, answer.completion_tokens) == estimated
+    # What was kept before such counts were refused is read in the same way.
+    [file] = (tmp_path / "answers").iterdir()
+    row = json.loads(file.read_text())
+    row["answer"] |= usage
+    file.write_text(json.dumps(row) + "\n")
+    cache = AnswerCache(storage)
+    known = cache.get(ONE)
+    assert known is not None
+    assert (known.prompt_tokens, known.completion_tokens) == estimated
+    pa.table({"tokens": [known.prompt_tokens, *(a.completion_tokens for a in cache.answers())]})
+
+
 def test_text_in_parts_and_refusals_are_text() -> None:
     parts = [{"type": "text", "text": "It is "}, {"type": "text", "text": "a dog."}]
     assert read_completion(completion(parts), ONE, 0.0).text == "It is a dog."
