@@ -97,12 +97,15 @@ class LLMError(Exception):
 class PassingError(LLMError):
     """The same call may succeed later; `retry_after` is the endpoint's own advice in seconds.
 
-    `billed`: the endpoint may have done the work, and will want to be paid for it.
+    `billed`: the endpoint may have done the work, and will want to be paid for it. `busy`: it has too many
+    calls, and did not look at this one.
     """
 
-    def __init__(self, what: str, retry_after: float | None = None, billed: bool = False) -> None:
+    def __init__(
+        self, what: str, retry_after: float | None = None, billed: bool = False, busy: bool = False
+    ) -> None:
         super().__init__(what)
-        self.retry_after, self.billed = retry_after, billed
+        self.retry_after, self.billed, self.busy = retry_after, billed, busy
 
 
 class PermanentError(LLMError):
