@@ -123,6 +123,8 @@ class ChatClient:
         self.calls = 0
         """HTTP requests made."""
         self._failed_in_a_row, self._given_up = 0, ""
+        self._answers, self._refuses_all = 0, False
+        """Answers so far; whether the endpoint has refused all calls before it gave any."""
         self._dialect = Dialect()
         self.errors: Counter[str] = Counter()
         """Passing errors that were met, by kind."""
@@ -257,6 +259,7 @@ class ChatClient:
         try:
             self._check_given_up()
             answer = await self._call(request)
+            self._answers += 1
             self._gate.answered()
             self._limit.correct(estimated, answer.prompt_tokens + answer.completion_tokens)
             return answer
@@ -264,9 +267,12 @@ class ChatClient:
             if error.busy:
                 self._gate.refused(started, error.retry_after or 0.0)
             raise
+        except PermanentError as error:
+            self._refuses_all = self._refuses_all or (error.fatal and not self._answers)
+            raise
         except asyncio.CancelledError as error:
-            # The endpoint has the request, and may answer it although nobody listens.
-            raise _CancelledCall(error) from error
+            # The endpoint has the request, and may answer it though nobody listens; unless the key is wrong.
+            raise _CancelledCall(error, billed=not self._refuses_all) from error
         finally:
             self._gate.leave()
 
@@ -306,11 +312,9 @@ class ChatClient:
 class _CancelledCall(Exception):
     """The caller was cancelled while the endpoint had its request."""
 
-    billed = True
-
-    def __init__(self, cancelled: asyncio.CancelledError) -> None:
+    def __init__(self, cancelled: asyncio.CancelledError, billed: bool) -> None:
         super().__init__()
-        self.cancelled = cancelled
+        self.cancelled, self.billed = cancelled, billed
 
 
 async def _finished(writing: Coroutine[Any, Any, None]) -> None:
