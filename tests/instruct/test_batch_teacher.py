@@ -19,8 +19,9 @@ from rayva.instruct.prompts import PromptSet
 from rayva.instruct.tasks import KINDS, Task
 from rayva.instruct.teachers import Requests, batch_lines, read_batch_results
 from rayva.llm.cache import AnswerCache
+from rayva.orchestration import generate_entry
 from rayva.orchestration.generate_batch import BatchFiles, read_batches, split_lines, write_batch_files
-from rayva.orchestration.generate_run import Plan
+from rayva.orchestration.generate_run import Plan, write_outputs
 from rayva.recipes.schema import Generation
 from rayva.storage import Storage
 from tests.instruct.planned import batch_plan, outcomes_of, price_of
@@ -101,7 +102,9 @@ def test_from_the_first_file_to_the_last(tmp_path: Path) -> None:
     left = requests()
     assert len(left) == SAMPLES - len(good)
     again = [row for row in left if row["custom_id"] not in {row["custom_id"] for row in asked}]
-    assert [row["body"]["messages"] for row in again] == [refused["body"]["messages"]]
+    [*shown, last] = refused["body"]["messages"]
+    assert [row["body"]["messages"][:-1] for row in again] == [shown]
+    assert again[0]["body"]["messages"][-1]["content"].startswith(last["content"] + "\n\nWrite it afresh")
 
     rest = tmp_path / "rest.jsonl.gz"
     rest.write_bytes(gzip.compress("".join(json.dumps(result(row)) + "\r\n" for row in left).encode()))
@@ -137,6 +140,26 @@ def test_answers_that_come_twice_are_asked_again_and_end(tmp_path: Path) -> None
     assert [outcome.status for outcome in outcomes.values()] == ["accepted", "rejected"]
     assert [attempt.reason for attempt in outcomes[1].attempts] == ["duplicate"] * 3
     assert write_batch_files(plan, outcomes, price_of(plan)).uris == []
+
+
+def test_a_later_run_with_more_attempts_goes_on_with_what_was_rejected(tmp_path: Path, capsys) -> None:
+    plan = batch_plan(tmp_path, ["A dog runs.", "A cat sits."], attempts=3)
+    [bad, good] = _asked(write_batch_files(plan, outcomes_of(plan), price_of(plan)))
+    _answer(plan, tmp_path, [good])
+    for _ in range(plan.settings.attempts):
+        [bad] = _asked(write_batch_files(plan, outcomes_of(plan), price_of(plan)))
+        _answer(plan, tmp_path, [bad], "I'm sorry, but I cannot help with that.")
+    outcomes = outcomes_of(plan)
+    assert Counter(outcome.status for outcome in outcomes.values()) == {"accepted": 1, "rejected": 1}
+    generate_entry._show(plan, write_outputs(plan, outcomes, 1.0))
+    said = "1 sample was rejected after 3 attempts; generation.attempts=6 asks again."
+    assert said in capsys.readouterr().out
+    more = batch_plan(tmp_path, ["A dog runs.", "A cat sits."])
+    assert more.folder.rel != plan.folder.rel
+    assert more.settings.attempts == 6
+    [again] = _asked(write_batch_files(more, outcomes_of(more), price_of(more)))
+    _answer(more, tmp_path, [again])
+    assert [outcome.status for outcome in outcomes_of(more).values()] == ["accepted"] * 2
 
 
 def test_the_same_request_is_written_once(tmp_path: Path) -> None:

@@ -11,6 +11,9 @@ Started as a script: `teacher.py PLAN.json`. The plan says what the server does:
     limit_name  the setting's name for the longest answer; another one is refused
     forbidden   setting that is refused
     pause       seconds that `Retry-After` asks for
+    window      [calls, seconds]: more calls in each such time are refused with a `Retry-After` of that time
+    by_message  answers are told apart by the last message, and not by the call
+    refuse      [status, body]: what every call is answered with
 
 Prints its port. GET /stats gives {"calls", "busy", "seconds", "early"}: busy adds up the seconds of all
 answers, early counts the calls that came before the time that `Retry-After` had named.
@@ -20,6 +23,7 @@ import asyncio
 import json
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +39,7 @@ class Teacher:
         self.busy = 0.0
         self.first = self.last = 0.0
         self.early, self.closed_until = 0, 0.0
+        self.window_ends, self.in_window = 0.0, 0
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         self.calls += 1
@@ -45,6 +50,12 @@ class Teacher:
             fault = self.faults.pop(0)
         if (key := self.plan.get("key")) and request.headers.get("Authorization") != f"Bearer {key}":
             return web.json_response({"error": {"message": "wrong key"}}, status=401)
+        if refuse := self.plan.get("refuse"):
+            return web.json_response(refuse[1], status=refuse[0])
+        if (window := self.plan.get("window")) and self.passes(*window):
+            return web.json_response(
+                {"error": "too many"}, status=429, headers={"Retry-After": str(window[1])}
+            )
         body = await request.json()
         wanted = self.plan.get("limit_name", "max_tokens")
         if wanted not in body:
@@ -60,6 +71,14 @@ class Teacher:
             self.last = time.monotonic()
             self.busy += self.last - started
         return await self.respond(request, body, fault, number)
+
+    def passes(self, calls: int, seconds: float) -> bool:
+        """Whether another call passes the limit on calls in a time."""
+        now = time.monotonic()
+        if now >= self.window_ends:
+            self.window_ends, self.in_window = now + seconds, 0
+        self.in_window += 1
+        return self.in_window > calls
 
     async def respond(
         self, request: web.Request, body: dict[str, Any], fault: str | None, number: int
@@ -81,6 +100,8 @@ class Teacher:
             assert request.transport is not None
             request.transport.close()
             return response
+        if self.plan.get("by_message"):
+            number = zlib.crc32(body["messages"][-1]["content"].encode())
         text = in_format(body, number)
         if fault == "garbage":
             text = "lorem ipsum"
@@ -116,7 +137,7 @@ def in_format(body: dict[str, Any], number: int) -> str:
     if "Question:" in examples[0]:
         return (
             f"Question:\nWhy could the moment {number} matter to somebody?\n===\nAnswer:\n"
-            f"Someone may remember it for a long while, since {subject} That says a lot about the day."
+            f"Someone may remember it for a long while, since {subject} That says a lot about day {number}."
         )
     return f"The picture, number {number}, is a scene of its own. {subject} The light is soft and even."
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -76,6 +77,38 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     (tmp_path / "answers" / "x.jsonl").write_text('{"digest": "d"}\n')
     with pytest.raises(StorageError, match=r"x\.jsonl is damaged in line 1"):
         AnswerCache(storage)
+
+
+def test_after_a_write_that_failed_half_way_later_answers_are_kept(tmp_path: Path) -> None:
+    """A limit on the size of files stops a write in the middle of a line, as a full disk does."""
+    storage = Storage(str(tmp_path))
+    cache = AnswerCache(storage)
+    fill(cache, range(1))
+    [file] = (tmp_path / "answers").iterdir()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 100, hard))
+    try:
+        with pytest.raises(StorageError):
+            fill(cache, range(1, 2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    fill(cache, range(2, 4))
+    cache.close()
+    found = AnswerCache(storage)
+    assert [found.get(request(n)) is not None for n in range(4)] == [True, False, True, True]
+    assert all(path.read_bytes().endswith(b"\n") for path in (tmp_path / "answers").iterdir())
+
+
+def test_an_answer_behind_half_a_line_is_found(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    cache = AnswerCache(storage)
+    fill(cache, range(3))
+    cache.close()
+    [file] = (tmp_path / "answers").iterdir()
+    first, second, third = file.read_bytes().splitlines(keepends=True)
+    for cut in range(1, len(first) - 1, 11):
+        file.write_bytes(first[:cut] + second + third)
+        assert [AnswerCache(storage).get(request(n)) is not None for n in range(3)] == [False, True, True]
 
 
 WRITE = """

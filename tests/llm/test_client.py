@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rayva.errors import RecipeError
+from rayva.llm import client, limits
 from rayva.llm.cache import AnswerCache
 from rayva.llm.client import BudgetSpent, ChatClient, Endpoint, parse_retry_after
 from rayva.llm.prices import FREE, Budget, Price, Prices
@@ -84,6 +85,74 @@ def test_refusals_of_single_requests_are_no_failures_of_the_endpoint(tmp_path: P
     with teacher(tmp_path, forbidden="temperature") as server:
         answers = ask_all(server, [*refused, request(0)], concurrency=1)
     assert [type(answer) for answer in answers] == [PermanentError] * 60 + [ChatAnswer]
+
+
+def test_refusals_of_single_requests_are_no_successes_either(tmp_path: Path) -> None:
+    asked = [
+        replace(request(n), sampling=Sampling(temperature=0.5)) if n % 2 else request(n) for n in range(120)
+    ]
+    with teacher(tmp_path, forbidden="temperature", faults=["server_error"] * 200) as server:
+        ask_all(server, asked, attempts=1, concurrency=1)
+        assert server.calls == 99  # the fiftieth failure, and a refusal between any two
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "fatal"),
+    [
+        (402, {"message": "Insufficient Balance"}, True),
+        (400, {"message": "Model Not Exist", "code": "invalid_request_error"}, True),
+        (400, {"message": "The model `m` does not exist"}, True),
+        (400, {"message": "no such thing", "code": "model_not_found"}, True),
+        (400, {"message": "The prompt was found to break the rules of this model"}, False),
+    ],
+)
+def test_what_every_call_would_meet_is_fatal(tmp_path: Path, status: int, error: object, fatal: bool) -> None:
+    with teacher(tmp_path, refuse=[status, {"error": error}]) as server:
+        [refusal] = ask_all(server, [request(0)])
+    assert isinstance(refusal, PermanentError)
+    assert refusal.fatal == fatal
+
+
+def test_refusals_that_name_a_pause_use_no_attempt_up_and_become_few(tmp_path: Path) -> None:
+    with teacher(tmp_path, window=[10, 0.25]) as server:
+        answers = ask_all(server, [request(n) for n in range(100)], concurrency=40, attempts=1)
+        assert all(isinstance(answer, ChatAnswer) for answer in answers)
+        # Thirty of the first forty; ten times as many in all where all go out again together.
+        assert server.calls <= 200
+
+
+def test_an_endpoint_that_only_asks_for_pauses_is_given_up(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(client, "_MAX_REFUSED_SECONDS", 0.4)
+    with teacher(tmp_path, window=[0, 0.1]) as server:
+        errors = ask_all(server, [request(n) for n in range(40)], concurrency=4, attempts=1)
+        assert server.calls <= 30
+    assert all(isinstance(error, PassingError) for error in errors)
+    assert str(errors[-1]).startswith("given up: no answer to anything for")
+    assert "HTTP 429: too many" in str(errors[-1])
+
+
+def test_calls_that_are_cancelled_in_flight_count_as_spent_and_lost(tmp_path: Path) -> None:
+    storage, price = Storage(str(tmp_path / "s")), Price(0.0, 1.0)
+    budget = Budget(1.0)
+
+    async def run(server: Running) -> None:
+        endpoint = Endpoint(server.base_url, concurrency=2)
+        async with ChatClient(endpoint, AnswerCache(storage), budget, price) as asker:
+            calls = [asyncio.create_task(asker.ask(request(n))) for n in range(5)]
+            while server.calls < 2:
+                await asyncio.sleep(0.01)
+            for call in calls:
+                call.cancel()
+            told = await asyncio.gather(*calls, return_exceptions=True)
+            assert [type(each) for each in told] == [asyncio.CancelledError] * 5
+
+    with teacher(tmp_path, latency=5.0) as server:
+        asyncio.run(run(server))
+    lost = AnswerCache(storage).lost()
+    assert {digest for digest, _ in lost} == {request(0).digest, request(1).digest}
+    assert budget.spent == pytest.approx(sum(price.of_answer(most) for _, most in lost))
+    assert budget.spent > 0
+    assert budget.reserved == 0
 
 
 def test_failures_with_successes_between_them_are_no_row(tmp_path: Path) -> None:
@@ -228,7 +297,7 @@ def test_retry_after_as_a_date() -> None:
 
 
 def test_limits_on_requests_and_tokens_hold_calls_back(tmp_path: Path) -> None:
-    # 600 a minute: five seconds' worth (50) at once, then one in a tenth of a second.
+    # 600 a minute: five seconds' worth (50) at once, then one in about a tenth of a second.
     with teacher(tmp_path) as server:
         started = time.monotonic()
         ask_all(server, [request(n) for n in range(55)], requests_per_minute=600, concurrency=64)
@@ -236,13 +305,27 @@ def test_limits_on_requests_and_tokens_hold_calls_back(tmp_path: Path) -> None:
 
 
 def test_calls_that_wait_for_a_limit_keep_a_pause_that_is_asked_for_meanwhile(tmp_path: Path) -> None:
-    # 1200 tokens a minute: 100 at once, then 20 a second. The first call is answered with 429 while the
+    # 1200 tokens a minute: 100 at once, then 18 a second. The first call is answered with 429 while the
     # second, for which the limit has room about half a second later, waits for it.
     with teacher(tmp_path, faults=["retry_after"], pause=1.0, prompt_tokens=1) as server:
         answers = ask_all(server, [request(0, 10), request(1, 80)], tokens_per_minute=1200, concurrency=2)
         stats = server.stats()
     assert all(isinstance(answer, ChatAnswer) for answer in answers)
     assert (stats["calls"], stats["early"]) == (3, 0)
+
+
+@pytest.mark.parametrize("per_minute", [0.5, 1, 5, 12, 13, 60, 600])
+def test_no_minute_has_more_calls_than_the_limit(monkeypatch, per_minute: float) -> None:
+    now = 1000.0
+    monkeypatch.setattr(limits.time, "monotonic", lambda: now)
+    bucket = limits._Bucket(per_minute)
+    starts = []
+    for _ in range(int(5 * per_minute) + 3):
+        now += bucket.take(1.0)
+        starts.append(now)
+    for first, start in enumerate(starts):
+        assert sum(start <= other < start + 60 for other in starts[first:]) <= max(1, per_minute)
+    assert now - 1000.0 <= 60 * 6.1 + 3 * 60 / per_minute  # nor much fewer
 
 
 @pytest.mark.parametrize("url", ["ftp://x/v1", "localhost:8000", "http://user:hunter2@host/v1"])

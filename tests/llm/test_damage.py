@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,26 @@ def test_an_answer_can_always_be_written_and_never_costs_less_than_nothing() -> 
     assert answer.prompt_tokens > 0
     pa.table({"text": [answer.text], "reason": [answer.finish_reason]})
     assert read_completion(completion("\ud83d\ude00"), ONE, 0.0).text == "\U0001f600"
+
+
+@pytest.mark.parametrize("count", [10**20, 1e300, 10**9 + 1])
+def test_counts_of_tokens_that_cannot_be_are_estimated(tmp_path: Path, count: float) -> None:
+    storage = Storage(str(tmp_path))
+    usage = {"prompt_tokens": count, "completion_tokens": count}
+    good = json.dumps(completion("good", usage=usage)).encode()
+    [answer] = asyncio.run(_served([good], AnswerCache(storage), Budget(None)))
+    estimated = (ONE.estimated_prompt_tokens(), 2)
+    assert (answer.prompt_tokens, answer.completion_tokens) == estimated
+    # What was kept before such counts were refused is read in the same way.
+    [file] = (tmp_path / "answers").iterdir()
+    row = json.loads(file.read_text())
+    row["answer"] |= usage
+    file.write_text(json.dumps(row) + "\n")
+    cache = AnswerCache(storage)
+    known = cache.get(ONE)
+    assert known is not None
+    assert (known.prompt_tokens, known.completion_tokens) == estimated
+    pa.table({"tokens": [known.prompt_tokens, *(a.completion_tokens for a in cache.answers())]})
 
 
 def test_text_in_parts_and_refusals_are_text() -> None:
@@ -106,6 +127,40 @@ def test_an_error_that_comes_with_status_200_is_what_it_says(tmp_path: Path, cod
     else:
         assert isinstance(answer, ChatAnswer)
     assert len(cache.lost()) == (not isinstance(code, int))
+
+
+def test_calls_cancelled_since_the_key_is_wrong_are_not_billed(tmp_path: Path) -> None:
+    """Else each run with a wrong key would use up some of the budget."""
+
+    async def run(cache: AnswerCache, budget: Budget) -> None:
+        calls: list[str] = []
+
+        async def respond(got: web.Request) -> web.Response:
+            calls.append(await got.text())
+            if len(calls) > 1:
+                await asyncio.Event().wait()
+            while len(calls) < 3:
+                await asyncio.sleep(0.01)
+            return web.json_response({"error": "wrong key"}, status=401)
+
+        app = web.Application()
+        app.router.add_post("/v1/chat/completions", respond)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        endpoint = Endpoint(f"http://127.0.0.1:{runner.addresses[0][1]}/v1")
+        async with ChatClient(endpoint, cache, budget, PRICE) as client:
+            asking = [asyncio.create_task(client.ask(replace(ONE, attempt=n))) for n in range(3)]
+            with pytest.raises(PermanentError):
+                await asyncio.gather(*asking)
+            for each in asking:
+                each.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
+        await runner.cleanup()
+
+    cache, budget = AnswerCache(Storage(str(tmp_path))), Budget(1.0)
+    asyncio.run(run(cache, budget))
+    assert (cache.lost(), budget.spent, budget.reserved) == ([], 0.0, 0.0)
 
 
 def test_lost_answers_use_the_budget_up(tmp_path: Path) -> None:

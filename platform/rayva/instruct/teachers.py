@@ -50,14 +50,18 @@ class Requests:
         self.model = settings.model
 
     def of(self, task: Task, attempt: int = 0) -> ChatRequest:
-        """The request for a task; one that is asked again, or repeated, differs in its seed."""
+        """The request for a task.
+
+        One that is asked again, or repeated, differs in its seed and in its last message: a teacher without
+        chance in its answers would tell the same once more.
+        """
         settings = self._settings
         boxes = task.kind != "conversation" or settings.boxes_in_conversations
         sampling = Sampling(
             settings.temperature, settings.top_p, settings.max_tokens, settings.seed + task.repeat
         )
-        messages = self._prompts.messages(task.kind, task.context, boxes)
-        request = ChatRequest(self.model, _rotated(messages, task.repeat), sampling, attempt)
+        messages = _rotated(self._prompts.messages(task.kind, task.context, boxes), task.repeat)
+        request = ChatRequest(self.model, _varied(messages, task.repeat, attempt), sampling, attempt)
         return replace(request, sampling=replace(sampling, seed=(sampling.seed or 0) + 1000 * attempt))
 
 
@@ -76,13 +80,28 @@ def endpoint_of(settings: Generation) -> Endpoint:
 
 
 def _rotated(messages: tuple[dict[str, str], ...], by: int) -> tuple[dict[str, str], ...]:
-    """The examples in another order for each repeat: at temperature 0 only that changes the answer."""
+    """The examples in another order for each repeat."""
     examples = [messages[i : i + 2] for i in range(1, len(messages) - 1, 2)]
     if not examples:
         return messages
     by %= len(examples)
     turned = [message for example in examples[by:] + examples[:by] for message in example]
     return (messages[0], *turned, messages[-1])
+
+
+def _varied(messages: tuple[dict[str, str], ...], repeat: int, attempt: int) -> tuple[dict[str, str], ...]:
+    """The last message with a line for a repeat, and one for another attempt; the first is left as it is."""
+    lines = []
+    if repeat:
+        lines.append(f"Write another one, number {repeat + 1}, about something else than the obvious.")
+    if attempt:
+        lines.append(
+            f"Write it afresh, in the format of the examples and in other words (try {attempt + 1})."
+        )
+    if not lines:
+        return messages
+    last = messages[-1]
+    return (*messages[:-1], {**last, "content": "\n".join([last["content"], "", *lines])})
 
 
 class EndpointTeacher:

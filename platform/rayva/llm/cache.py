@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import time
 import uuid
@@ -17,8 +18,12 @@ from dataclasses import asdict
 from typing import Any
 
 from rayva.errors import StorageError
-from rayva.llm.request import ChatAnswer, ChatRequest
+from rayva.llm.request import MOST_TOKENS, ChatAnswer, ChatRequest, estimated_tokens
 from rayva.storage import Storage, storage_errors
+
+_LOG = logging.getLogger(__name__)
+_ROW_START = b'{"digest": '
+"""How a row begins. Inside one, in the words of an answer, the quotes would be escaped."""
 
 
 class AnswerCache:
@@ -36,7 +41,7 @@ class AnswerCache:
         self._lost: list[dict[str, Any]] = []
         self._waiting: list[tuple[dict[str, Any], asyncio.Future[None]]] = []
         self._writer: asyncio.Task[None] | None = None
-        self._own = f"{int(time.time() * 1000):013d}-{uuid.uuid4().hex[:8]}"
+        self._own = _new_name()
         self._descriptor: int | None = None
         self._objects: list[str] = []
         self._written = 0
@@ -59,7 +64,12 @@ class AnswerCache:
     def get(self, request: ChatRequest) -> ChatAnswer | None:
         """The answer to `request`, or None if it has not been asked."""
         row = self._answers.get(request.digest)
-        return None if row is None else ChatAnswer(**{**row["answer"], "cached": True})
+        if row is None:
+            return None
+        answer = {**row["answer"], "cached": True}
+        return ChatAnswer(
+            **{**answer, "prompt_tokens": answer["prompt_tokens"] or request.estimated_prompt_tokens()}
+        )
 
     async def put(self, request: ChatRequest, answer: ChatAnswer) -> None:
         """Keeps an answer; returns when it is on the storage. Many at once are written together."""
@@ -131,10 +141,29 @@ class AnswerCache:
             if self._descriptor is None:
                 flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
                 self._descriptor = os.open(self._storage.path(rel), flags, 0o644)
-            view = memoryview(lines)
-            while view:
-                view = view[os.write(self._descriptor, view) :]
-            os.fdatasync(self._descriptor)
+            whole = os.fstat(self._descriptor).st_size
+            try:
+                view = memoryview(lines)
+                while view:
+                    view = view[os.write(self._descriptor, view) :]
+                os.fdatasync(self._descriptor)
+            except OSError:
+                self._leave_file(self._descriptor, whole)
+                raise
+
+    def _leave_file(self, descriptor: int, size: int) -> None:
+        """After a failed write: cuts the file back to `size` bytes, and the next row begins a new one.
+
+        Else that row would be appended to half a line, and could not be read.
+        """
+        self._descriptor, self._own = None, _new_name()
+        try:
+            os.ftruncate(descriptor, size)
+        except OSError as error:
+            # Half a line at the end of a file is left out when it is read.
+            _LOG.warning("a file of answers ends in half a line: %s", error)
+        finally:
+            os.close(descriptor)
 
     def _next_object(self) -> str:
         self._written += 1
@@ -145,14 +174,41 @@ class AnswerCache:
         # After a kill the last line may be cut; whole ones end in a line feed.
         for number, line in enumerate(lines[:-1], start=1):
             try:
-                row = json.loads(line)
-                ChatAnswer(**row["answer"])
-                self._learn(row)
+                self._learn(_read_row(line))
             except (ValueError, KeyError, TypeError) as error:
                 raise StorageError(
                     f"{self._storage.uri(rel)} is damaged in line {number}: {error}.",
                     "remove that line; the call is then made again",
                 ) from error
+
+
+def _new_name() -> str:
+    """A file's name, without its ending; later ones come later in the alphabet."""
+    return f"{int(time.time() * 1000):013d}-{uuid.uuid4().hex[:8]}"
+
+
+def _read_row(line: bytes) -> dict[str, Any]:
+    """The row of a line, or the whole one at its end, where a write that failed left half a line before it.
+
+    Counts of tokens that cannot be are replaced: those of an answer by an estimate, those of a prompt, which
+    is not in the row, by 0.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is no answer.
+    """
+    try:
+        row: dict[str, Any] = json.loads(line)
+    except ValueError:
+        start = line.rfind(_ROW_START)
+        if start <= 0:
+            raise
+        row = json.loads(line[start:])
+    answer = ChatAnswer(**row["answer"])
+    if answer.prompt_tokens > MOST_TOKENS:
+        row["answer"]["prompt_tokens"] = 0
+    if answer.completion_tokens > MOST_TOKENS:
+        row["answer"]["completion_tokens"] = estimated_tokens(answer.text)
+    return row
 
 
 def _row(request: ChatRequest, answer: ChatAnswer) -> dict[str, Any]:

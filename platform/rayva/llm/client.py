@@ -11,8 +11,10 @@ import asyncio
 import json
 import os
 import random
+import re
 import time
 from collections import Counter
+from collections.abc import Coroutine
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from types import TracebackType
@@ -22,6 +24,7 @@ from urllib.parse import urlsplit
 from rayva.errors import RecipeError
 from rayva.llm.cache import AnswerCache
 from rayva.llm.dialect import Dialect
+from rayva.llm.gate import Gate
 from rayva.llm.limits import RateLimit
 from rayva.llm.prices import FREE, Budget, Price
 from rayva.llm.request import (
@@ -38,11 +41,15 @@ if TYPE_CHECKING:
     import aiohttp
 
 _PASSING = {408, 409, 425, 429}
-_FATAL = {401, 403, 404, 405}
+_FATAL = {401, 402, 403, 404, 405}
 _QUOTA = ("insufficient_quota", "billing_hard_limit_reached")
 """Codes of a 429 that no waiting helps against."""
+_NO_MODEL = re.compile(r"model_not_found|\bmodel\b.{0,100}\bnot (exist|found)\b", re.IGNORECASE)
+"""How endpoints that answer 400 for it say that they have not the model."""
 _MAX_DELAY_SECONDS = 60.0
-_MAX_RETRY_AFTER_SECONDS = 600.0
+_MIN_RETRY_AFTER_SECONDS, _MAX_RETRY_AFTER_SECONDS = 0.1, 600.0
+_MAX_REFUSED_SECONDS = 900.0
+"""How long an endpoint may ask for pauses without an answer to anything."""
 _FAILURES_IN_A_ROW = 50
 """Without any success between them; then an endpoint is away, and to ask on would take days."""
 
@@ -59,7 +66,8 @@ class Endpoint:
         base_url: up to and including the version, such as https://api.openai.com/v1.
         api_key_env: name of the environment variable with the key; an unset one means no key.
         timeout: seconds for a whole call.
-        attempts: how often a call is made before a passing error ends it.
+        attempts: how often a call is made before a passing error ends it. Refusals that name a pause
+            (`Retry-After`) do not count.
     """
 
     base_url: str
@@ -106,16 +114,17 @@ class ChatClient:
         self._endpoint, self._cache = endpoint, cache
         self._budget, self._price = budget or Budget(None), price
         self._limit = RateLimit(endpoint.requests_per_minute, endpoint.tokens_per_minute)
+        self._gate = Gate(endpoint.concurrency, self._limit)
         self._slots = asyncio.Semaphore(endpoint.concurrency)
         self._in_flight: dict[str, asyncio.Future[ChatAnswer]] = {}
         """What calls being made will answer, by digest."""
         self._settled = asyncio.Condition()
-        self._resume_at = 0.0
-        """When calls may start again after the endpoint has asked for a pause (monotonic clock)."""
         self._session: aiohttp.ClientSession | None = None
         self.calls = 0
         """HTTP requests made."""
-        self._failed_in_a_row, self._last_failure = 0, ""
+        self._failed_in_a_row, self._given_up = 0, ""
+        self._answers, self._refuses_all = 0, False
+        """Answers so far; whether the endpoint has refused all calls before it gave any."""
         self._dialect = Dialect()
         self.errors: Counter[str] = Counter()
         """Passing errors that were met, by kind."""
@@ -174,51 +183,47 @@ class ChatClient:
     async def _ask(self, request: ChatRequest) -> ChatAnswer:
         """Calls until there is an answer, as often as the endpoint allows.
 
-        An endpoint that has failed at many requests in a row, each after all its attempts, is given up.
+        An endpoint that has failed at many requests in a row, each after all its attempts, is given up, and
+        so is one that has asked for pauses for long without an answer to anything.
         """
         async with self._slots:
-            if self._failed_in_a_row >= max(_FAILURES_IN_A_ROW, 3 * self._endpoint.concurrency):
-                raise PassingError(
-                    f"given up: {self._failed_in_a_row} requests in a row; {self._last_failure}"
-                )
-            for attempt in range(1, self._endpoint.attempts + 1):
+            failed = 0
+            while True:
+                self._check_given_up()
                 try:
                     answer = await self._paid_call(request)
-                    self._failed_in_a_row = 0
-                    return answer
                 except PassingError as error:
+                    if self._given_up:
+                        raise
                     self.errors[str(error).partition(":")[0]] += 1
-                    if attempt == self._endpoint.attempts:
-                        self._failed_in_a_row += 1
-                        self._last_failure = f"{error} (after {attempt} attempts)"
-                        raise PassingError(self._last_failure, reached=error.reached) from error
-                    await self._wait(attempt, error.retry_after)
-                except PermanentError:
-                    self._failed_in_a_row = 0  # it is there, and answers
-                    raise
-        raise AssertionError("unreachable")
+                    if error.retry_after is None:
+                        failed += 1
+                        if failed == self._endpoint.attempts:
+                            raise self._failure(
+                                f"{error} (after {failed} attempts)", error.reached
+                            ) from error
+                        await self._back_off(failed)
+                    elif self._gate.refused_for > _MAX_REFUSED_SECONDS:
+                        minutes = f"{self._gate.refused_for / 60:.0f} minutes"
+                        self._given_up = f"given up: no answer to anything for {minutes}; {error}"
+                        raise PassingError(self._given_up) from error
+                else:
+                    self._failed_in_a_row, self._given_up = 0, ""
+                    return answer
 
-    async def _admitted(self, tokens: int) -> None:
-        """Waits until neither the endpoint's own words nor the limits hold a call of `tokens` tokens back."""
-        while True:
-            await self._pause()
-            await self._limit.acquire(tokens)
-            if time.monotonic() >= self._resume_at:
-                return
-            # A pause was asked for meanwhile: the call starts later, and counts then.
-            self._limit.give_back(tokens)
+    def _check_given_up(self) -> None:
+        if self._given_up:
+            raise PassingError(self._given_up, reached=False)
 
-    async def _pause(self) -> None:
-        while (left := self._resume_at - time.monotonic()) > 0:
-            await asyncio.sleep(left)
+    def _failure(self, what: str, reached: bool) -> PassingError:
+        """A request has failed after all its attempts."""
+        self._failed_in_a_row += 1
+        if self._failed_in_a_row >= max(_FAILURES_IN_A_ROW, 3 * self._endpoint.concurrency):
+            self._given_up = f"given up: {self._failed_in_a_row} requests in a row; {what}"
+        return PassingError(what, reached=reached)
 
-    async def _wait(self, attempt: int, retry_after: float | None) -> None:
-        if retry_after is not None:
-            # The endpoint speaks to all callers, not to this call alone.
-            seconds = min(retry_after, _MAX_RETRY_AFTER_SECONDS)
-            self._resume_at = max(self._resume_at, time.monotonic() + seconds)
-            return
-        longest = min(_MAX_DELAY_SECONDS, self._endpoint.first_delay * 2 ** (attempt - 1))
+    async def _back_off(self, failed: int) -> None:
+        longest = min(_MAX_DELAY_SECONDS, self._endpoint.first_delay * 2 ** (failed - 1))
         await asyncio.sleep(random.uniform(longest / 2, longest))
 
     async def _paid_call(self, request: ChatRequest) -> ChatAnswer:
@@ -231,28 +236,52 @@ class ChatClient:
                 await self._settled.wait()
         paid = 0.0
         try:
-            answer = await self._call(request)
+            answer = await self._gated_call(request)
             paid = self._price.of_answer(answer)
             if self._cache is not None:
-                await self._cache.put(request, answer)
+                await _finished(self._cache.put(request, answer))
             return answer
-        except PassingError as error:
+        except (PassingError, _CancelledCall) as error:
             if error.billed:
                 paid = worst
                 if self._cache is not None:
-                    await self._cache.put_lost(request)
+                    await _finished(self._cache.put_lost(request))
+            if isinstance(error, _CancelledCall):
+                raise error.cancelled from None
             raise
         finally:
             async with self._settled:
                 self._budget.settle(worst, paid)
                 self._settled.notify_all()
 
+    async def _gated_call(self, request: ChatRequest) -> ChatAnswer:
+        """One call, when the endpoint's own words and the limits let it out."""
+        estimated = request.estimated_prompt_tokens() + request.sampling.max_tokens
+        started = await self._gate.enter(estimated)
+        try:
+            self._check_given_up()
+            answer = await self._call(request)
+            self._answers += 1
+            self._gate.answered()
+            self._limit.correct(estimated, answer.prompt_tokens + answer.completion_tokens)
+            return answer
+        except PassingError as error:
+            if error.busy:
+                self._gate.refused(started, error.retry_after or 0.0)
+            raise
+        except PermanentError as error:
+            self._refuses_all = self._refuses_all or (error.fatal and not self._answers)
+            raise
+        except asyncio.CancelledError as error:
+            # The endpoint has the request, and may answer it though nobody listens; unless the key is wrong.
+            raise _CancelledCall(error, billed=not self._refuses_all) from error
+        finally:
+            self._gate.leave()
+
     async def _call(self, request: ChatRequest) -> ChatAnswer:
         import aiohttp
 
         assert self._session is not None, "use the client as an async context manager"
-        estimated = request.estimated_prompt_tokens() + request.sampling.max_tokens
-        await self._admitted(estimated)
         url = f"{self._endpoint.base_url.rstrip('/')}/chat/completions"
         sent = self._dialect.body(request)
         started = time.monotonic()
@@ -279,9 +308,26 @@ class ChatClient:
             raise PassingError(f"not JSON: {error}", billed=True) from error
         if (told := told_status(body)) is not None:
             raise _refusal(told, None, content)
-        answer = read_completion(body, request, time.monotonic() - started)
-        self._limit.correct(estimated, answer.prompt_tokens + answer.completion_tokens)
-        return answer
+        return read_completion(body, request, time.monotonic() - started)
+
+
+class _CancelledCall(Exception):
+    """The caller was cancelled while the endpoint had its request."""
+
+    def __init__(self, cancelled: asyncio.CancelledError, billed: bool) -> None:
+        super().__init__()
+        self.cancelled, self.billed = cancelled, billed
+
+
+async def _finished(writing: Coroutine[Any, Any, None]) -> None:
+    """Waits for `writing`; one who is cancelled meanwhile goes when it has ended: what is paid is kept."""
+    task = asyncio.create_task(writing)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        task.exception()  # whoever has been cancelled does not ask for it
+        raise
 
 
 def _refusal(status: int, retry_after: str | None, content: bytes) -> LLMError:
@@ -292,8 +338,12 @@ def _refusal(status: int, retry_after: str | None, content: bytes) -> LLMError:
     if status == 429 and any(code in text for code in _QUOTA):
         return PermanentError(what, fatal=True)
     if status in _PASSING or status >= 500:
-        return PassingError(what, parse_retry_after(retry_after))
-    return PermanentError(what, fatal=status in _FATAL)
+        pause = parse_retry_after(retry_after)
+        if pause is not None:
+            pause = min(max(pause, _MIN_RETRY_AFTER_SECONDS), _MAX_RETRY_AFTER_SECONDS)
+        return PassingError(what, pause, busy=status == 429 or pause is not None)
+    absent = status == 400 and _NO_MODEL.search(text) is not None
+    return PermanentError(what, fatal=absent or status in _FATAL)
 
 
 def _message(content: bytes) -> str | None:

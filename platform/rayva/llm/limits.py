@@ -8,14 +8,21 @@ import time
 _MINUTE = 60.0
 _BURST_SECONDS = 5.0
 """How much of a minute's allowance may be used at once."""
+_SPARE = 0.02
+"""What is left of an allowance too small for bursts, since calls do not arrive as evenly as they leave."""
 
 
 class _Bucket:
-    """A token bucket: fills at `per_minute`, holds a few seconds' worth."""
+    """A token bucket that holds a few seconds' worth of `per_minute`.
+
+    What it holds and what it gains in a minute are `per_minute` together: that is the most in any minute.
+    """
 
     def __init__(self, per_minute: float) -> None:
-        self.rate = per_minute / _MINUTE
-        self.room = max(1.0, self.rate * _BURST_SECONDS)
+        self.room = max(1.0, per_minute * _BURST_SECONDS / _MINUTE)
+        # With room for one there are no bursts: calls come evenly.
+        spare = self.room if self.room > 1 else _SPARE * per_minute
+        self.rate = (per_minute - spare) / _MINUTE
         self.level, self.at = self.room, time.monotonic()
 
     def take(self, amount: float) -> float:

@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+MOST_TOKENS = 10**9
+"""More than any call can take; what an endpoint counts beyond is a fault, and no column of ours holds it."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -94,15 +97,21 @@ class LLMError(Exception):
 class PassingError(LLMError):
     """The same call may succeed later; `retry_after` is the endpoint's own advice in seconds.
 
-    `billed`: the endpoint may have done the work, and will want to be paid for it. `reached`: something
-    answers, or at least listens, at the endpoint's address.
+    `billed`: the endpoint may have done the work, and will want to be paid for it. `busy`: it has too many
+    calls, and did not look at this one. `reached`: something answers, or at least listens, at the endpoint's
+    address.
     """
 
     def __init__(
-        self, what: str, retry_after: float | None = None, billed: bool = False, reached: bool = True
+        self,
+        what: str,
+        retry_after: float | None = None,
+        billed: bool = False,
+        busy: bool = False,
+        reached: bool = True,
     ) -> None:
         super().__init__(what)
-        self.retry_after, self.billed, self.reached = retry_after, billed, reached
+        self.retry_after, self.billed, self.busy, self.reached = retry_after, billed, busy, reached
 
 
 class PermanentError(LLMError):
@@ -130,13 +139,18 @@ def read_completion(body: object, request: ChatRequest, seconds: float) -> ChatA
             text=text,
             finish_reason=None if reason is None else _whole(str(reason)),
             prompt_tokens=_count(usage.get("prompt_tokens")) or request.estimated_prompt_tokens(),
-            completion_tokens=_count(usage.get("completion_tokens")) or len(text.encode()) // 4 + 1,
+            completion_tokens=_count(usage.get("completion_tokens")) or estimated_tokens(text),
             model=_whole(str(body.get("model") or request.model)),
             seconds=seconds,
             created=time.time(),
         )
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise PassingError(f"not a chat completion: {error!r}", billed=True) from error
+
+
+def estimated_tokens(text: str) -> int:
+    """About how many tokens an answer is, where the endpoint does not tell."""
+    return len(text.encode()) // 4 + 1
 
 
 def _content(message: dict[str, Any]) -> str:
@@ -163,5 +177,6 @@ def _whole(text: str) -> str:
 
 
 def _count(value: Any) -> int:
-    """A number of tokens; 0 where the endpoint tells none."""
-    return max(0, int(value or 0))
+    """A number of tokens; 0 where the endpoint tells none, or one that cannot be."""
+    count = int(value or 0)
+    return count if 0 < count <= MOST_TOKENS else 0

@@ -185,6 +185,12 @@ def _show(plan: Plan, summary: dict[str, Any]) -> None:
     if summary["samples"]:
         images = "" if summary["images"] else " data.pretrain_images=DIR data.finetune_images=DIR"
         _tell(f"train on it: python pipelines/full.py --recipe NAME --config {summary['train']}{images}")
+    if rejected := summary["statuses"].get("rejected"):
+        tried = plan.settings.attempts
+        _tell(
+            f"{rejected:,} sample{'s were' if rejected != 1 else ' was'} rejected after {tried} "
+            f"attempt{'s' if tried != 1 else ''}; generation.attempts={2 * tried} asks again."
+        )
     if summary["unfinished"]:
         left = {k: v for k, v in summary["statuses"].items() if k in ("failed", "stopped", "waiting")}
         _tell(f"Unfinished: {left}. The same command goes on; a budget wants a higher --max-cost.")

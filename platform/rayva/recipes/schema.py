@@ -396,8 +396,9 @@ class Generation(Config):
     max_tokens: int = Field(default=1024, ge=1)
     """Longest answer."""
     seed: int = 0
-    attempts: int = Field(default=3, ge=1)
-    """How often a sample is asked for while its answers are rejected."""
+    attempts: int = Field(default=6, ge=1)
+    """How often a sample is asked for while its answers are rejected. A later run with more goes on with
+    those that are left."""
     concurrency: int = Field(default=16, ge=1)
     """Calls in flight."""
     requests_per_minute: float | None = Field(default=None, gt=0)
