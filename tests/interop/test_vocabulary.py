@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from rayva.model.export_hf_chat import chat_template
-from rayva.model.language import cover_vocabulary
+from rayva.model.import_language import write_tokenizer
+from rayva.model.language import cover_vocabulary, load_tokenizer
 from rayva.text.conversation import Message
 from rayva.text.encode import IMAGE_TOKEN_INDEX, encode_prompt
 from rayva.text.templates import get_template
@@ -101,3 +102,52 @@ def test_chat_templates_with_sentencepiece(name: str, legacy: bool, tmp_path: Pa
         found = other(text, add_special_tokens=False).input_ids
         found = [IMAGE_TOKEN_INDEX if token == image else token for token in found]
         assert found == encode_prompt(messages, template, tokenizer), what
+
+
+def normalising(folder: Path, declared: str) -> PreTrainedTokenizerBase:
+    """The golden vocabulary as older conversions wrote it, in a folder of Hugging Face's LLaVA."""
+    spec = json.loads(AutoTokenizer.from_pretrained(TOKENIZER).backend_tokenizer.to_str())
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    prepend = {"type": "Prepend", "prepend": "\u2581"}
+    spec |= {"normalizer": {"type": "Sequence", "normalizers": [prepend, replace]}, "pre_tokenizer": None}
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": declared}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llava"}))
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@needs(TOKENIZER)
+@pytest.mark.parametrize("added", [(), ("<im_start>", "<im_end>")])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral"])
+@pytest.mark.parametrize("declared", ["LlamaTokenizerFast", "Qwen2Tokenizer", "PreTrainedTokenizerFast"])
+def test_an_imported_tokenizer_encodes_as_it_did_in_its_checkpoint(
+    declared: str, model_type: str, added: tuple[str, ...], tmp_path: Path
+) -> None:
+    """transformers chooses the class by the model type beside the files, which an import changes."""
+    own = normalising(tmp_path / "source", declared)
+    (tmp_path / "target").mkdir()
+    config = {"model_type": model_type}
+    _, lacked = write_tokenizer(tmp_path / "source", tmp_path / "target", config, added, hugging_face=True)
+    assert lacked == list(added)
+    again = load_tokenizer(str(tmp_path / "target"))
+    again.save_pretrained(tmp_path / "target")  # as training does
+    for tokenizer in (again, load_tokenizer(str(tmp_path / "target"))):
+        assert len(tokenizer) == len(own) + len(added)
+        for text in ("USER: hi\nyou  </s> and  </s>me", " a", "\n\n1999\tcaf\u00e9", ""):
+            assert tokenizer(text).input_ids == own(text).input_ids
+
+
+@needs(TOKENIZER)
+@pytest.mark.parametrize("model_type", ["llava", "llava_llama"])
+def test_an_original_checkpoint_keeps_the_class_of_its_language_model(
+    model_type: str, tmp_path: Path
+) -> None:
+    """transformers would read the SentencePiece model beside `llava` without its prefix space."""
+    for name in ("source", "target"):
+        (tmp_path / name).mkdir()
+    own = sentencepiece(tmp_path / "source", legacy=True)
+    (tmp_path / "source/config.json").write_text(json.dumps({"model_type": model_type}))
+    tokenizer, _ = write_tokenizer(tmp_path / "source", tmp_path / "target", {"model_type": "llama"})
+    assert tokenizer("a</s>b c").input_ids == own("a</s>b c").input_ids

@@ -122,8 +122,11 @@ def recognise(source: Path) -> Kind:
 def _write(parts: Parts, scratch: Path, choices: Choices) -> Report:
     for name in ("language", "vision"):
         (scratch / name).mkdir()
-    tokenizer, lacked = write_tokenizer(parts.tokenizer, scratch / "language", parts.markers or ())
-    language = _with_markers(parts, check_language(parts.language), tokenizer, bool(lacked))
+    language = check_language(parts.language)
+    tokenizer, lacked = write_tokenizer(
+        parts.tokenizer, scratch / "language", language.config, parts.markers or (), parts.kind == "hf"
+    )
+    language = _with_markers(parts, language, tokenizer, bool(lacked))
     vision = check_vision(parts.vision)
     kind = projector_kind(parts.projector, parts.where)
     _check_projector(parts, kind, language.hidden, int(vision.config["hidden_size"]))
