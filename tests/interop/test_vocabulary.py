@@ -20,6 +20,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from rayva.errors import WeightsError
 from rayva.model.export_hf_chat import chat_template
 from rayva.model.import_language import write_tokenizer
 from rayva.model.language import cover_vocabulary, load_tokenizer
@@ -151,3 +152,13 @@ def test_an_original_checkpoint_keeps_the_class_of_its_language_model(
     (tmp_path / "source/config.json").write_text(json.dumps({"model_type": model_type}))
     tokenizer, _ = write_tokenizer(tmp_path / "source", tmp_path / "target", {"model_type": "llama"})
     assert tokenizer("a</s>b c").input_ids == own("a</s>b c").input_ids
+
+
+@needs(TOKENIZER)
+def test_a_damaged_tokenizer_is_told_by_its_folder(tmp_path: Path) -> None:
+    normalising(tmp_path / "source", "LlamaTokenizerFast")
+    file = tmp_path / "source/tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": "x"}))
+    (tmp_path / "target").mkdir()
+    with pytest.raises(WeightsError, match=f"{tmp_path}/source: tokenizer.json.* are no tokenizer"):
+        write_tokenizer(tmp_path / "source", tmp_path / "target", {"model_type": "llama"}, hugging_face=True)

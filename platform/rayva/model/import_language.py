@@ -224,10 +224,9 @@ def write_tokenizer(
         shutil.copyfile(source / name, target / name)
     write_json(target / "config.json", config)
     try:
-        tokenizer = load_tokenizer(str(target))
+        tokenizer = _usable(target)
         if hugging_face and "tokenizer.json" in copied:
-            tokenizer = _with_the_same_ids(load_tokenizer(str(source)), tokenizer, target)
-        twin_of(tokenizer)
+            tokenizer = _with_the_same_ids(_usable(source), tokenizer, target)
     except WeightsError as error:
         raise WeightsError(
             f"{source}: {', '.join(copied)} are no tokenizer: {error.what.replace(str(target), str(source))}",
@@ -238,6 +237,12 @@ def write_tokenizer(
         tokenizer.add_tokens(missing, special_tokens=True)
         tokenizer.save_pretrained(target)
     return tokenizer, missing
+
+
+def _usable(folder: Path) -> PreTrainedTokenizerBase:
+    tokenizer = load_tokenizer(str(folder))
+    twin_of(tokenizer)
+    return tokenizer
 
 
 def _with_the_same_ids(
@@ -253,7 +258,7 @@ def _with_the_same_ids(
     own.save_pretrained(target)
     file = target / "tokenizer_config.json"
     write_json(file, {**read_json(file), "tokenizer_class": PreTrainedTokenizerFast.__name__})
-    tokenizer = load_tokenizer(str(target))
+    tokenizer = _usable(target)
     if _probed(tokenizer) != _probed(own):
         raise WeightsError("loaded beside the language model alone, it encodes texts in another way")
     return tokenizer
