@@ -22,13 +22,18 @@ from transformers import (
 
 from rayva.errors import WeightsError
 from rayva.model.export_hf_chat import chat_template
+from rayva.model.folder import load_assistant
 from rayva.model.import_language import write_tokenizer
+from rayva.model.import_model import import_model
+from rayva.model.import_parts import Choices
 from rayva.model.language import cover_vocabulary, load_tokenizer
 from rayva.text.conversation import Message
 from rayva.text.encode import IMAGE_TOKEN_INDEX, encode_prompt
 from rayva.text.templates import get_template
 from tests.export.test_hf import CONVERSATIONS, public_form
-from tests.export.tiny_model import make_tokenizer
+from tests.export.tiny_model import make_language, make_tokenizer
+from tests.interop.checkpoints import stored
+from tests.interop.test_mutations import make_lora
 from tests.reference import TOKENIZER, needs
 
 LANGUAGES: dict[str, tuple[Any, Any, bool]] = {
@@ -162,3 +167,27 @@ def test_a_damaged_tokenizer_is_told_by_its_folder(tmp_path: Path) -> None:
     (tmp_path / "target").mkdir()
     with pytest.raises(WeightsError, match=f"{tmp_path}/source: tokenizer.json.* are no tokenizer"):
         write_tokenizer(tmp_path / "source", tmp_path / "target", {"model_type": "llama"}, hugging_face=True)
+
+
+@pytest.mark.parametrize(("kind", "tied"), [("projector", False), ("projector", True), ("lora", False)])
+def test_a_base_whose_tokenizer_outgrew_it(kind: str, tied: bool, tmp_path: Path) -> None:
+    """An import gives it the rows that training gives it, and says so."""
+    make_lora(tmp_path)
+    tokenizer = make_tokenizer()
+    base = make_language(len(tokenizer), tied)
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.add_tokens(["<one>", "<two>"], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "base")
+    source = tmp_path / ("mm_projector.bin" if kind == "projector" else "lora")
+    report = import_model(
+        source, tmp_path / "model", Choices(language=tmp_path / "base", vision=tmp_path / "tower")
+    )
+    assert any("2 tokens more" in note for note in report.notes)
+    assert cover_vocabulary(base, tokenizer) == 2
+    found = stored(tmp_path / "model")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if f"language.{name}" in found:
+            torch.testing.assert_close(found[f"language.{name}"], base.state_dict()[name], rtol=0, atol=1e-6)
+    assert ("language.lm_head.weight" in found) != tied
+    assistant = load_assistant(tmp_path / "model")
+    assert len(assistant.tokenizer) == assistant.model.language.get_input_embeddings().weight.shape[0]

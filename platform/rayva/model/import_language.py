@@ -330,7 +330,7 @@ def with_marker_rows(
     if _EMBEDDING not in part.tensors:
         raise WeightsError(
             f"{part.config_file}: a {part.config['model_type']} model, whose embedding is not called "
-            f"{_EMBEDDING}, cannot take rows for tokens around images",
+            f"{_EMBEDDING}, cannot take rows for new tokens",
             "give the base that the projector was trained with",
         )
     before = count(part.config, "vocab_size", part.config_file)
