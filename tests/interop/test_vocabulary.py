@@ -27,8 +27,8 @@ from rayva.model.import_language import write_tokenizer
 from rayva.model.import_model import import_model
 from rayva.model.import_parts import Choices
 from rayva.model.language import cover_vocabulary, load_tokenizer
-from rayva.text.conversation import Message
-from rayva.text.encode import IMAGE_TOKEN_INDEX, encode_prompt
+from rayva.text.conversation import IMAGE, Message
+from rayva.text.encode import IMAGE_TOKEN_INDEX, encode_prompt, encode_sample
 from rayva.text.templates import get_template
 from tests.export.test_hf import CONVERSATIONS, public_form
 from tests.export.tiny_model import make_language, make_tokenizer
@@ -90,24 +90,56 @@ def sentencepiece(folder: Path, legacy: bool) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder)
 
 
+CHATS: dict[str, list[tuple[str, tuple[Any, ...]]]] = {
+    **CONVERSATIONS,
+    "an answer first": [("assistant", ("Hi",)), ("user", (IMAGE, "\nWhat?"))],
+    "two answers first": [
+        *(("system", ("Be brief.",)), ("assistant", ("Hi",)), ("assistant", ("Ho",))),
+        *(("user", ("What?",)), ("assistant", ("x",)), ("user", (IMAGE, "\nWhat?"))),
+    ],
+    "a picture alone": [("user", (IMAGE,))],
+    "a picture alone, answered": [("user", (IMAGE,)), ("assistant", ("x",)), ("user", ("y",))],
+    "an empty question": [("user", ("a",)), ("assistant", ("x",)), ("user", ())],
+    "an empty answer": [("user", (IMAGE, "\nWhat?")), ("assistant", ()), ("user", ("Sure?",))],
+    "a system message with a space": [("system", (" Be brief.",)), ("user", (IMAGE, "\nWhat?"))],
+    "white space": [("user", ("What? ",)), ("assistant", (" A \n",)), ("user", (" Sure?\n",))],
+    "whole": [("user", (IMAGE, "\nWhat?")), ("assistant", ("A star.",))],
+    "whole, a picture alone": [("user", (IMAGE,)), ("assistant", (" A star.",))],
+    "whole, text alone": [("user", ("a",)), ("assistant", ("A star.",))],
+    "whole, empty": [("user", (IMAGE,)), ("assistant", ())],
+    "only an answer": [("assistant", ("A star.",))],
+}
+
+
 @needs(TOKENIZER)
-@pytest.mark.parametrize("legacy", [True, False])
-@pytest.mark.parametrize("name", ["v0", "v1", "llama_2"])
-def test_chat_templates_with_sentencepiece(name: str, legacy: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["legacy", "first", "first, chatml", "bytes"])
+@pytest.mark.parametrize("name", ["plain", "v0", "v1", "llama_2", "chatml"])
+def test_chat_templates_with_every_tokenizer(name: str, kind: str, tmp_path: Path) -> None:
     """Other programs encode a rendered conversation as training does, token by token."""
-    tokenizer, other = (sentencepiece(tmp_path, legacy) for _ in range(2))
+
+    def make() -> PreTrainedTokenizerBase:
+        tokenizer = make_tokenizer() if kind == "bytes" else sentencepiece(tmp_path, kind == "legacy")
+        if kind == "first, chatml":
+            tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+        return tokenizer
+
+    tokenizer, other = make(), make()
     template = get_template(name, tokenizer=tokenizer)
     other.chat_template = chat_template(template, tokenizer, None)
     other.add_tokens(["<image>"], special_tokens=True)
     image = other.convert_tokens_to_ids("<image>")
-    for what, conversation in CONVERSATIONS.items():
+    for what, conversation in CHATS.items():
         messages = [Message(role, content) for role, content in conversation]
+        asks = messages[-1].role == "user"
         text = other.apply_chat_template(
-            [public_form(message) for message in messages], add_generation_prompt=True, tokenize=False
+            [public_form(message) for message in messages], add_generation_prompt=asks, tokenize=False
         )
         found = other(text, add_special_tokens=False).input_ids
         found = [IMAGE_TOKEN_INDEX if token == image else token for token in found]
-        assert found == encode_prompt(messages, template, tokenizer), what
+        if asks:
+            assert found == encode_prompt(messages, template, tokenizer), what
+        else:
+            assert found == encode_sample(messages, template, tokenizer).input_ids, what
 
 
 def normalising(folder: Path, declared: str) -> PreTrainedTokenizerBase:
