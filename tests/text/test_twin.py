@@ -104,16 +104,20 @@ def test_a_control_token_that_is_lost_in_mid_text_is_refused(
 
 
 @needs(TOKENIZER)
-@pytest.mark.parametrize("damage", ["length", "names"])
+@pytest.mark.parametrize("damage", ["length", "names", "prefix"])
 def test_files_that_contradict_each_other(damage: str, tmp_path: Path) -> None:
     AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(tmp_path)
     file = tmp_path / ("tokenizer_config.json" if damage == "length" else "tokenizer.json")
     spec = json.loads(file.read_text())
     if damage == "length":
         spec["model_max_length"] = "x"
+    elif damage == "prefix":  # over which the library panics
+        spec["post_processor"]["single"][0]["SpecialToken"]["id"] = "x"
     else:
         spec["added_tokens"][2]["content"] = "x"
     file.write_text(json.dumps(spec))
+    # Beside this type of model, transformers takes tokenizer.json as it stands.
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     with pytest.raises(WeightsError, match=re.escape(str(tmp_path))) as found:
         twin_of(tokenizer)

@@ -120,7 +120,10 @@ def _make(tokenizer: PreTrainedTokenizerBase) -> TokenizerTwin:
         return TokenizerTwin(tokenizer)
     except WeightsError:
         raise
-    except Exception as error:  # the tokenizers library raises the base class itself
+    except BaseException as error:
+        # The tokenizers library raises the base class itself, and panics with what is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         why = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise WeightsError(
             f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} cannot be used: {why}",
