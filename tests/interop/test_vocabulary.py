@@ -20,13 +20,20 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from rayva.errors import WeightsError
 from rayva.model.export_hf_chat import chat_template
-from rayva.model.language import cover_vocabulary
-from rayva.text.conversation import Message
-from rayva.text.encode import IMAGE_TOKEN_INDEX, encode_prompt
+from rayva.model.folder import load_assistant
+from rayva.model.import_language import write_tokenizer
+from rayva.model.import_model import import_model
+from rayva.model.import_parts import Choices
+from rayva.model.language import cover_vocabulary, load_tokenizer
+from rayva.text.conversation import IMAGE, Message
+from rayva.text.encode import IMAGE_TOKEN_INDEX, encode_prompt, encode_sample
 from rayva.text.templates import get_template
 from tests.export.test_hf import CONVERSATIONS, public_form
-from tests.export.tiny_model import make_tokenizer
+from tests.export.tiny_model import make_language, make_tokenizer
+from tests.interop.checkpoints import stored
+from tests.interop.test_mutations import make_lora
 from tests.reference import TOKENIZER, needs
 
 LANGUAGES: dict[str, tuple[Any, Any, bool]] = {
@@ -83,21 +90,136 @@ def sentencepiece(folder: Path, legacy: bool) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder)
 
 
+CHATS: dict[str, list[tuple[str, tuple[Any, ...]]]] = {
+    **CONVERSATIONS,
+    "an answer first": [("assistant", ("Hi",)), ("user", (IMAGE, "\nWhat?"))],
+    "two answers first": [
+        *(("system", ("Be brief.",)), ("assistant", ("Hi",)), ("assistant", ("Ho",))),
+        *(("user", ("What?",)), ("assistant", ("x",)), ("user", (IMAGE, "\nWhat?"))),
+    ],
+    "a picture alone": [("user", (IMAGE,))],
+    "a picture alone, answered": [("user", (IMAGE,)), ("assistant", ("x",)), ("user", ("y",))],
+    "an empty question": [("user", ("a",)), ("assistant", ("x",)), ("user", ())],
+    "an empty answer": [("user", (IMAGE, "\nWhat?")), ("assistant", ()), ("user", ("Sure?",))],
+    "a system message with a space": [("system", (" Be brief.",)), ("user", (IMAGE, "\nWhat?"))],
+    "white space": [("user", ("What? ",)), ("assistant", (" A \n",)), ("user", (" Sure?\n",))],
+    "whole": [("user", (IMAGE, "\nWhat?")), ("assistant", ("A star.",))],
+    "whole, a picture alone": [("user", (IMAGE,)), ("assistant", (" A star.",))],
+    "whole, text alone": [("user", ("a",)), ("assistant", ("A star.",))],
+    "whole, empty": [("user", (IMAGE,)), ("assistant", ())],
+    "only an answer": [("assistant", ("A star.",))],
+}
+
+
 @needs(TOKENIZER)
-@pytest.mark.parametrize("legacy", [True, False])
-@pytest.mark.parametrize("name", ["v0", "v1", "llama_2"])
-def test_chat_templates_with_sentencepiece(name: str, legacy: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["legacy", "first", "first, chatml", "bytes"])
+@pytest.mark.parametrize("name", ["plain", "v0", "v1", "llama_2", "chatml"])
+def test_chat_templates_with_every_tokenizer(name: str, kind: str, tmp_path: Path) -> None:
     """Other programs encode a rendered conversation as training does, token by token."""
-    tokenizer, other = (sentencepiece(tmp_path, legacy) for _ in range(2))
+
+    def make() -> PreTrainedTokenizerBase:
+        tokenizer = make_tokenizer() if kind == "bytes" else sentencepiece(tmp_path, kind == "legacy")
+        if kind == "first, chatml":
+            tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+        return tokenizer
+
+    tokenizer, other = make(), make()
     template = get_template(name, tokenizer=tokenizer)
     other.chat_template = chat_template(template, tokenizer, None)
     other.add_tokens(["<image>"], special_tokens=True)
     image = other.convert_tokens_to_ids("<image>")
-    for what, conversation in CONVERSATIONS.items():
+    for what, conversation in CHATS.items():
         messages = [Message(role, content) for role, content in conversation]
+        asks = messages[-1].role == "user"
         text = other.apply_chat_template(
-            [public_form(message) for message in messages], add_generation_prompt=True, tokenize=False
+            [public_form(message) for message in messages], add_generation_prompt=asks, tokenize=False
         )
         found = other(text, add_special_tokens=False).input_ids
         found = [IMAGE_TOKEN_INDEX if token == image else token for token in found]
-        assert found == encode_prompt(messages, template, tokenizer), what
+        if asks:
+            assert found == encode_prompt(messages, template, tokenizer), what
+        else:
+            assert found == encode_sample(messages, template, tokenizer).input_ids, what
+
+
+def normalising(folder: Path, declared: str) -> PreTrainedTokenizerBase:
+    """The golden vocabulary as older conversions wrote it, in a folder of Hugging Face's LLaVA."""
+    spec = json.loads(AutoTokenizer.from_pretrained(TOKENIZER).backend_tokenizer.to_str())
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    prepend = {"type": "Prepend", "prepend": "\u2581"}
+    spec |= {"normalizer": {"type": "Sequence", "normalizers": [prepend, replace]}, "pre_tokenizer": None}
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": declared}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llava"}))
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@needs(TOKENIZER)
+@pytest.mark.parametrize("added", [(), ("<im_start>", "<im_end>")])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral"])
+@pytest.mark.parametrize("declared", ["LlamaTokenizerFast", "Qwen2Tokenizer", "PreTrainedTokenizerFast"])
+def test_an_imported_tokenizer_encodes_as_it_did_in_its_checkpoint(
+    declared: str, model_type: str, added: tuple[str, ...], tmp_path: Path
+) -> None:
+    """transformers chooses the class by the model type beside the files, which an import changes."""
+    own = normalising(tmp_path / "source", declared)
+    (tmp_path / "target").mkdir()
+    config = {"model_type": model_type}
+    _, lacked = write_tokenizer(tmp_path / "source", tmp_path / "target", config, added, hugging_face=True)
+    assert lacked == list(added)
+    again = load_tokenizer(str(tmp_path / "target"))
+    again.save_pretrained(tmp_path / "target")  # as training does
+    for tokenizer in (again, load_tokenizer(str(tmp_path / "target"))):
+        assert len(tokenizer) == len(own) + len(added)
+        for text in ("USER: hi\nyou  </s> and  </s>me", " a", "\n\n1999\tcaf\u00e9", ""):
+            assert tokenizer(text).input_ids == own(text).input_ids
+
+
+@needs(TOKENIZER)
+@pytest.mark.parametrize("model_type", ["llava", "llava_llama"])
+def test_an_original_checkpoint_keeps_the_class_of_its_language_model(
+    model_type: str, tmp_path: Path
+) -> None:
+    """transformers would read the SentencePiece model beside `llava` without its prefix space."""
+    for name in ("source", "target"):
+        (tmp_path / name).mkdir()
+    own = sentencepiece(tmp_path / "source", legacy=True)
+    (tmp_path / "source/config.json").write_text(json.dumps({"model_type": model_type}))
+    tokenizer, _ = write_tokenizer(tmp_path / "source", tmp_path / "target", {"model_type": "llama"})
+    assert tokenizer("a</s>b c").input_ids == own("a</s>b c").input_ids
+
+
+@needs(TOKENIZER)
+def test_a_damaged_tokenizer_is_told_by_its_folder(tmp_path: Path) -> None:
+    normalising(tmp_path / "source", "LlamaTokenizerFast")
+    file = tmp_path / "source/tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": "x"}))
+    (tmp_path / "target").mkdir()
+    with pytest.raises(WeightsError, match=f"{tmp_path}/source: tokenizer.json.* are no tokenizer"):
+        write_tokenizer(tmp_path / "source", tmp_path / "target", {"model_type": "llama"}, hugging_face=True)
+
+
+@pytest.mark.parametrize(("kind", "tied"), [("projector", False), ("projector", True), ("lora", False)])
+def test_a_base_whose_tokenizer_outgrew_it(kind: str, tied: bool, tmp_path: Path) -> None:
+    """An import gives it the rows that training gives it, and says so."""
+    make_lora(tmp_path)
+    tokenizer = make_tokenizer()
+    base = make_language(len(tokenizer), tied)
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.add_tokens(["<one>", "<two>"], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "base")
+    source = tmp_path / ("mm_projector.bin" if kind == "projector" else "lora")
+    report = import_model(
+        source, tmp_path / "model", Choices(language=tmp_path / "base", vision=tmp_path / "tower")
+    )
+    assert any("2 tokens more" in note for note in report.notes)
+    assert cover_vocabulary(base, tokenizer) == 2
+    found = stored(tmp_path / "model")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if f"language.{name}" in found:
+            torch.testing.assert_close(found[f"language.{name}"], base.state_dict()[name], rtol=0, atol=1e-6)
+    assert ("language.lm_head.weight" in found) != tied
+    assistant = load_assistant(tmp_path / "model")
+    assert len(assistant.tokenizer) == assistant.model.language.get_input_embeddings().weight.shape[0]

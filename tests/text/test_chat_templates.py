@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -11,12 +12,20 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rayva.errors import RecipeError
+from rayva.model.import_chat import of_chat_template
 from rayva.text.conversation import IMAGE, BadConversation, Message, MessageRole
 from rayva.text.encode import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, encode_prompt, encode_sample
 from rayva.text.templates import get_template
 from tests.text.conftest import byte_level_backend
 from tests.text.test_masks import TEXT, conversations
 
+HOSTILE = (
+    "{{ 1/0 }}",
+    "{% for a in range(10**9) %}x{% endfor %}",
+    "{% macro m(x) %}{{ m(x) }}{% endmacro %}{{ m(1) }}",
+    "{{ 'a' * 10**15 }}",
+    "{{ [][3]['a']['b'] }}",
+)
 LOOP = "{% for m in messages %}"
 # Each with the markup that the assistant has to write around its answer: before, after, after the last.
 STYLES: dict[str, tuple[str, str, str, str]] = {
@@ -267,3 +276,23 @@ def test_a_template_that_breaks_is_reported(families: dict[str, PreTrainedTokeni
     tokenizer.chat_template = "{{ messages[0]['content'] + 1 }}"
     with pytest.raises(BadConversation, match="refuses the roles"):
         encode_sample([Message("user", ("q",))], get_template("tokenizer", tokenizer), tokenizer)
+
+
+@pytest.mark.parametrize("code", HOSTILE)
+def test_a_template_that_crashes_refuses_the_conversation(
+    code: str, byte_level: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(byte_level, "chat_template", code)
+    template = get_template("tokenizer", byte_level)
+    with pytest.raises(BadConversation, match=r"refuses the roles user, assistant: \S"):
+        template.training([Message("user", ("Hi",)), Message("assistant", ("Yes.",))])
+
+
+@pytest.mark.parametrize("code", HOSTILE)
+def test_a_checkpoints_template_that_crashes_is_told_by_its_file(
+    code: str, byte_level: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    (tmp_path / "chat_template.jinja").write_text(code)
+    found, why = of_chat_template(byte_level, tmp_path)
+    assert found is None
+    assert "chat_template.jinja fails on a question about a picture: " in why

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rayva.errors import WeightsError
-from rayva.text.twin import twin_of
+from rayva.text.conversation import Message
+from rayva.text.encode import encode_sample
+from rayva.text.templates import get_template
+from rayva.text.twin import TokenizerTwin, twin_of
+from tests.reference import TOKENIZER, needs
 
 
 @pytest.mark.parametrize("kind", ["llama_like", "legacy_llama_like", "byte_level", "without_bos"])
@@ -52,6 +60,68 @@ def test_vocabularies_that_spell_out_their_control_tokens() -> None:
         twin = twin_of(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
         assert 1 not in twin.encode("boat </s>")[0]
         assert twin.encode("boat " + twin.markup("</s>"))[0][-1] == 1
+
+
+def normalising_llama(tokenizer: PreTrainedTokenizerBase, normalized: bool) -> PreTrainedTokenizerBase:
+    """As older conversions of Llama: spaces by a normaliser, which control tokens may go through too."""
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    prepend = {"type": "Prepend", "prepend": "\u2581"}
+    spec |= {"normalizer": {"type": "Sequence", "normalizers": [prepend, replace]}, "pre_tokenizer": None}
+    for token in spec["added_tokens"]:
+        token["normalized"] = normalized
+    backend = Tokenizer.from_str(json.dumps(spec))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def test_control_tokens_that_go_through_a_normaliser(llama_like: PreTrainedTokenizerBase) -> None:
+    tokenizer = normalising_llama(llama_like, True)
+    twin = twin_of(tokenizer)
+    assert twin.eos is not None
+    for before in ("boat", "boat ", " ", ""):
+        ids = twin.encode(f"{before}{twin.eos}")[0]
+        assert ids[-1] == tokenizer.eos_token_id
+        assert ids.count(tokenizer.eos_token_id) == 1
+        assert tokenizer.eos_token_id not in twin.encode(f"{before}</s>")[0]
+    messages = [Message("user", ("Hi",)), Message("assistant", ("a boat",))] * 2
+    plain = normalising_llama(llama_like, False)
+    for name in ("v0", "v1", "llama_2", "chatml"):
+        encoded = encode_sample(messages, get_template(name, tokenizer), tokenizer)
+        assert encoded == encode_sample(messages, get_template(name, plain), plain)
+
+
+def test_a_control_token_that_is_lost_in_mid_text_is_refused(
+    llama_like: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = normalising_llama(llama_like, True)
+    monkeypatch.setattr(
+        TokenizerTwin, "encode", lambda self, text: ([self._backend.token_to_id(text) or 0], [])
+    )
+    with pytest.raises(WeightsError, match="normaliser"):
+        twin_of(tokenizer)
+
+
+@needs(TOKENIZER)
+@pytest.mark.parametrize("damage", ["length", "names", "prefix"])
+def test_files_that_contradict_each_other(damage: str, tmp_path: Path) -> None:
+    AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(tmp_path)
+    file = tmp_path / ("tokenizer_config.json" if damage == "length" else "tokenizer.json")
+    spec = json.loads(file.read_text())
+    if damage == "length":
+        spec["model_max_length"] = "x"
+    elif damage == "prefix":  # over which the library panics
+        spec["post_processor"]["single"][0]["SpecialToken"]["id"] = "x"
+    else:
+        spec["added_tokens"][2]["content"] = "x"
+    file.write_text(json.dumps(spec))
+    # Beside this type of model, transformers takes tokenizer.json as it stands.
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match=re.escape(str(tmp_path))) as found:
+        twin_of(tokenizer)
+    assert "tokenizer.json" in str(found.value)
 
 
 def test_added_words_and_runs_of_spaces_stay_tokens(byte_level: PreTrainedTokenizerBase) -> None:

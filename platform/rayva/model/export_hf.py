@@ -235,9 +235,10 @@ def _processor(
 def _image_processor(folder: Path, preprocessing: Preprocessing) -> Any:
     side = {"height": preprocessing.image_size, "width": preprocessing.image_size}
     if preprocessing.aspect == "pad":
+        uncropped = preprocessing.resize_to == preprocessing.image_size
         return LlavaImageProcessorPil(
             do_pad=True,
-            size=side,
+            size=side if uncropped else {"shortest_edge": preprocessing.resize_to},
             crop_size=side,
             resample=preprocessing.resample,
             rescale_factor=preprocessing.rescale,

@@ -33,7 +33,7 @@ _FLATTEN = """
   {%- set content = (part.images + ([text] if text else [])) | join(BEHIND_IMAGE) -%}
   {%- if message['role'] == 'system' -%}
     {%- set all.system = content if all.system is none else all.system + '\\n' + content -%}
-  {%- else -%}
+  {%- elif all.turns or message['role'] == 'user' or KEEPS_UNASKED -%}
     {%- set turn = {'role': message['role'], 'content': content, 'images': part.images | join} -%}
     {%- set all.turns = all.turns + [turn] -%}
   {%- endif -%}
@@ -60,7 +60,7 @@ _V1 = """
 {{- system + ' ' if system else '' -}}
 {%- for turn in all.turns -%}
   {%- if turn['role'] == 'user' -%}
-    {{- 'USER: ' + turn['content'] + ' ' -}}
+    {{- 'USER: ' + turn['content'] + ' ' if turn['content'] else 'USER:' -}}
   {%- else -%}
     {{- 'ASSISTANT:' -}}
     {{- ' ' + turn['content'] if turn['content'] else '' -}}
@@ -91,9 +91,22 @@ _CHATML = """
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
 
+_PADDED = """
+{%- for piece in written.split(IMAGE) -%}
+  {{- '' if loop.first else IMAGE -}}
+  {%- if piece and not piece.startswith(' ') and UNCONTROLLED -%}
+    {{- PREFIX_PAD if loop.first else IMAGE_PAD -}}
+  {%- endif -%}
+  {{- piece -}}
+{%- endfor -%}
+"""
+"""Writes what is needed to begin a text behind the prefix and behind each image; see `_text_start`."""
+
 _OWN = """
 {%- set messages = ([] if system is none else [{'role': 'system', 'content': system}]) + all.turns %}"""
 
+_UNASKED = ("v0", "chatml", "tokenizer")
+"""Templates that write an answer before the first question; the others leave it out."""
 _BODIES = {"plain": _PLAIN, "v0": _V0, "v1": _V1, "llama_2": _LLAMA_2, "chatml": _CHATML}
 
 
@@ -112,11 +125,13 @@ def chat_template(
         WeightsError: there is no Jinja form of the template.
     """
     before, after = image_markers or ("", "")
-    pad = "" if after else _text_start(tokenizer)
-    flatten = _FLATTEN.replace("'<image>'", json.dumps(f"{before}<image>{after}"))
-    flatten = flatten.replace("BEHIND_IMAGE", json.dumps(f"{pad}\n"))
+    pad = _text_start(tokenizer)
+    image, image_pad = json.dumps(f"{before}<image>{after}"), "" if after else pad
+    flatten = _FLATTEN.replace("'<image>'", image)
+    flatten = flatten.replace("KEEPS_UNASKED", "true" if template.name in _UNASKED else "false")
     if template.name == "tokenizer":
         given = "none" if system is None else json.dumps(system)
+        flatten = flatten.replace("BEHIND_IMAGE", json.dumps(f"{image_pad}\n"))
         return (flatten.replace("DEFAULT_SYSTEM", given) + _OWN).strip() + str(tokenizer.chat_template)
     if template.name not in _BODIES:
         raise WeightsError(
@@ -126,10 +141,21 @@ def chat_template(
     body = body.replace("EOS", json.dumps(template.stop[0]))
     prefix_ids = list(twin_of(tokenizer).prefix_ids) if template.adds_bos else []
     prefix = "".join(tokenizer.convert_ids_to_tokens(prefix_ids))
-    if prefix and template.name != "plain":
-        prefix += _text_start(tokenizer)
+    if pad:
+        body = "{%- set written -%}" + body + "{%- endset -%}" + _PADDED
+        body = body.replace("IMAGE_PAD", json.dumps(image_pad)).replace("IMAGE", image)
+        body = body.replace("PREFIX_PAD", json.dumps(pad if prefix else ""))
+        body = body.replace("UNCONTROLLED", _uncontrolled(tokenizer))
+    flatten = flatten.replace("BEHIND_IMAGE", json.dumps("\n"))
     flatten = flatten.replace("DEFAULT_SYSTEM", json.dumps(template.system))
     return (flatten + "{{- " + json.dumps(prefix) + " -}}" + body).strip()
+
+
+def _uncontrolled(tokenizer: PreTrainedTokenizerBase) -> str:
+    """That a piece of ChatML begins with no control token: no prefix space goes in front of one."""
+    twin = twin_of(tokenizer)
+    controls = [token for token in ("<|im_start|>", "<|im_end|>") if twin.markup(token) != token]
+    return " and ".join(f"not piece.startswith({json.dumps(token)})" for token in controls) or "true"
 
 
 def _text_start(tokenizer: PreTrainedTokenizerBase) -> str:

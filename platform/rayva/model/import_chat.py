@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from rayva.errors import RayvaError
 from rayva.model.checkpoint import read_json
 from rayva.model.folder import ConversationSettings
+from rayva.model.import_language import first_line
 from rayva.text.conversation import IMAGE, Message
 from rayva.text.templates import Template, get_template
 
@@ -42,8 +42,9 @@ def of_chat_template(
             add_generation_prompt=True,
             tokenize=False,
         )
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-        return None, f"the chat template in {source} fails on a question about a picture: {error}"
+    except Exception as error:  # noqa: BLE001 (the template's code is anybody's)
+        why = first_line(error)
+        return None, f"the chat template in {source} fails on a question about a picture: {why}"
     # Rayva's exports write a space where some tokenizers need one to begin a text.
     text = str(text).removeprefix(tokenizer.bos_token or "").removeprefix(" ")
     text = text.replace("<image> \n", "<image>\n")

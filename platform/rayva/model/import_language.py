@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from rayva.errors import WeightsError
 from rayva.model.checkpoint import LazyTensor, Tensors, check_part, load_each, read_json
@@ -41,6 +47,12 @@ _MOST = 2**31
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _BUFFERS = ("rotary_emb.inv_freq", "position_ids")
 """Ends of the names of numbers that old checkpoints store and models compute themselves."""
+_PROBES = (
+    "USER: What's in it?  It's 2024,\n\nnot 1999.\tI DON'T know\u2026",
+    " caf\u00e9 cafe\u0301 \u4f60\u597d \u0434\u0430 \u0645\u0631\u062d \ufb01 \U0001f600\u200d",
+    "def f(x):\r\n    return x[0] + 1  # ok\n",
+)
+"""Texts that tokenizers differ in: spaces, line breaks, digits, apostrophes, accents, scripts, code."""
 _REMEDY = "fetch or save the checkpoint again"
 
 
@@ -192,17 +204,29 @@ def find_tokenizer(*folders: Path | None) -> Path:
 
 
 def write_tokenizer(
-    source: Path, target: Path, added: tuple[str, ...] = ()
+    source: Path,
+    target: Path,
+    config: Mapping[str, Any],
+    added: tuple[str, ...] = (),
+    hugging_face: bool = False,
 ) -> tuple[PreTrainedTokenizerBase, list[str]]:
-    """Copies a tokenizer's files, adds control tokens, tells which it lacked, and proves that it loads."""
+    """Copies a tokenizer's files, adds control tokens, tells which it lacked, and proves that it loads.
+
+    Args:
+        config: of the language model; transformers chooses a tokenizer's class by the model_type beside it.
+        hugging_face: whether the checkpoint was made for transformers, which takes tokenizer.json as it
+            stands there. Original checkpoints were trained with the language model's own class.
+    """
     copied = [name for name in _COPIED if (source / name).is_file()]
     for name in copied:
         if name.endswith(".json"):
             read_json(source / name)
         shutil.copyfile(source / name, target / name)
+    write_json(target / "config.json", config)
     try:
-        tokenizer = load_tokenizer(str(target))
-        twin_of(tokenizer)
+        tokenizer = _usable(target)
+        if hugging_face and "tokenizer.json" in copied:
+            tokenizer = _with_the_same_ids(_usable(source), tokenizer, target)
     except WeightsError as error:
         raise WeightsError(
             f"{source}: {', '.join(copied)} are no tokenizer: {error.what.replace(str(target), str(source))}",
@@ -213,6 +237,38 @@ def write_tokenizer(
         tokenizer.add_tokens(missing, special_tokens=True)
         tokenizer.save_pretrained(target)
     return tokenizer, missing
+
+
+def _usable(folder: Path) -> PreTrainedTokenizerBase:
+    tokenizer = load_tokenizer(str(folder))
+    twin_of(tokenizer)
+    return tokenizer
+
+
+def _with_the_same_ids(
+    own: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, target: Path
+) -> PreTrainedTokenizerBase:
+    """`tokenizer`, of `target`, or one there that encodes as `own`, the checkpoint's, does where it lies.
+
+    Beside another config.json the same files may be loaded as another class, with another normaliser:
+    then what `own` is made of is written to `target`, to be taken as it stands.
+    """
+    if _probed(tokenizer) == _probed(own):
+        return tokenizer
+    own.save_pretrained(target)
+    file = target / "tokenizer_config.json"
+    write_json(file, {**read_json(file), "tokenizer_class": PreTrainedTokenizerFast.__name__})
+    tokenizer = _usable(target)
+    if _probed(tokenizer) != _probed(own):
+        raise WeightsError("loaded beside the language model alone, it encodes texts in another way")
+    return tokenizer
+
+
+def _probed(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """What tells two tokenizers apart: their own names, and their ids of texts of many kinds."""
+    ends = tokenizer.bos_token or "", tokenizer.eos_token or ""
+    texts = (*_PROBES, _PROBES[0].join(ends), f"a{ends[1]}b {ends[0]} c\n{ends[1]}")
+    return [len(tokenizer), *ends, *(tokenizer(text).input_ids for text in texts)]
 
 
 def write_language(
@@ -274,7 +330,7 @@ def with_marker_rows(
     if _EMBEDDING not in part.tensors:
         raise WeightsError(
             f"{part.config_file}: a {part.config['model_type']} model, whose embedding is not called "
-            f"{_EMBEDDING}, cannot take rows for tokens around images",
+            f"{_EMBEDDING}, cannot take rows for new tokens",
             "give the base that the projector was trained with",
         )
     before = count(part.config, "vocab_size", part.config_file)

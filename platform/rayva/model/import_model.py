@@ -122,8 +122,12 @@ def recognise(source: Path) -> Kind:
 def _write(parts: Parts, scratch: Path, choices: Choices) -> Report:
     for name in ("language", "vision"):
         (scratch / name).mkdir()
-    tokenizer, lacked = write_tokenizer(parts.tokenizer, scratch / "language", parts.markers or ())
-    language = _with_markers(parts, check_language(parts.language), tokenizer, bool(lacked))
+    language = check_language(parts.language)
+    tokenizer, lacked = write_tokenizer(
+        parts.tokenizer, scratch / "language", language.config, parts.markers or (), parts.kind == "hf"
+    )
+    language = _with_markers(parts, language, tokenizer, bool(lacked))
+    language, grown = _covering(parts, language, tokenizer, choices)
     vision = check_vision(parts.vision)
     kind = projector_kind(parts.projector, parts.where)
     _check_projector(parts, kind, language.hidden, int(vision.config["hidden_size"]))
@@ -154,9 +158,8 @@ def _write(parts: Parts, scratch: Path, choices: Choices) -> Report:
         projector=kind,
     )
     settings.write(scratch)
-    return Report(
-        parts.kind, settings, (*parts.notes, f"conversation template {conversation.template}: {why}")
-    )
+    template = f"conversation template {conversation.template}: {why}"
+    return Report(parts.kind, settings, (*parts.notes, *grown, template))
 
 
 def _with_markers(
@@ -167,6 +170,21 @@ def _with_markers(
         return language
     ids = tokenizer.convert_tokens_to_ids(list(parts.markers))
     return with_marker_rows(language, ids, fresh, len(tokenizer), parts.marker_embedding)
+
+
+def _covering(
+    parts: Parts, language: LanguagePart, tokenizer: PreTrainedTokenizerBase, choices: Choices
+) -> tuple[LanguagePart, tuple[str, ...]]:
+    """The language model with a row for every token of its base's own tokenizer, and a remark if it had not.
+
+    Training gives such a base the rows as well, but a projector or an adapter does not carry them.
+    """
+    rows = language.config["vocab_size"]
+    more = len(tokenizer) - rows
+    if parts.kind not in ("projector", "lora") or choices.tokenizer is not None or more <= 0:
+        return language, ()
+    note = f"{parts.tokenizer}: {more} tokens more than the embedding's {rows} rows; theirs are the mean row"
+    return with_marker_rows(language, (), False, len(tokenizer), None), (note,)
 
 
 def _check_projector(parts: Parts, kind: ProjectorKind, text_hidden: int, vision_hidden: int) -> None:

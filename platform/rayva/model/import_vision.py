@@ -270,8 +270,10 @@ def _plain_processor(part: VisionPart) -> dict[str, Any]:
     plain = {key: value for key, value in part.processor.items() if key not in dropped}
     plain["image_processor_type"] = _CLASSES[part.kind][3]
     if wants_padding(part.processor):
-        size = part.processor.get("size")
-        side = size.get("height") if isinstance(size, dict) else size
-        plain |= {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+        size, crop = part.processor.get("size"), part.processor.get("crop_size")
+        side = (size.get("height") or size.get("shortest_edge")) if isinstance(size, dict) else size
+        cropped = crop and part.processor.get("do_center_crop", True)
+        plain["size"] = {"shortest_edge": side}
+        plain["crop_size"] = crop if cropped else {"height": side, "width": side}
         plain["do_center_crop"] = True
     return plain

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from rayva.errors import WeightsError
 
 _LOGIT_CHANGES = {"final_logit_softcapping": None, "logits_scaling": 1.0, "logit_scale": 1.0}
 """Config keys, with their neutral values, of models that change logits after the LM head."""
+_AS_IT_STANDS = ("PreTrainedTokenizerFast", "TokenizersBackend")
+"""Names of the class that takes tokenizer.json as it is. For some types of models (Qwen2) transformers
+rebuilds the tokenizer as theirs though tokenizer_config.json names this class; its ids may be others then."""
 
 
 def load_language_model(path: str, dtype: torch.dtype, revision: str | None = None) -> PreTrainedModel:
@@ -47,6 +57,9 @@ def load_language_model(path: str, dtype: torch.dtype, revision: str | None = No
 def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a local folder or hub name; `WeightsError` where that fails."""
     try:
+        named = get_tokenizer_config(path, revision=revision).get("tokenizer_class")
+        if named in _AS_IT_STANDS:
+            return PreTrainedTokenizerFast.from_pretrained(path, revision=revision)
         return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises the base class itself
         raise WeightsError(

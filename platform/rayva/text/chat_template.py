@@ -129,8 +129,6 @@ class ChatTemplate(Template):
 
     def _render(self, roles: Roles, generation: bool) -> list[str]:
         """The template's text before, between and after messages of these roles: one more than those."""
-        from jinja2 import TemplateError
-
         stand_ins = [f"{self._stand_in}{index}." for index in range(len(roles))]
         messages = [
             {"role": role, "content": stand_in} for role, stand_in in zip(roles, stand_ins, strict=True)
@@ -139,10 +137,11 @@ class ChatTemplate(Template):
             rest = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=generation
             )
-        except (TemplateError, TypeError, ValueError) as error:  # the template's code is anybody's
+        except Exception as error:  # the template's code is anybody's
+            why = str(error) or type(error).__name__
             raise BadConversation(
                 "chat_template",
-                f"the tokenizer's chat template refuses the roles {', '.join(roles)}: {error}",
+                f"the tokenizer's chat template refuses the roles {', '.join(roles)}: {why}",
                 "choose another conversation.template, for example chatml",
             ) from error
         layout = []

@@ -91,7 +91,9 @@ class TokenizerTwin:
 
     def _check(self, controls: dict[str, int]) -> None:
         for text, token_id in controls.items():
-            if self.encode(self._names[text])[0] != [token_id]:
+            name = self._names[text]
+            # In mid-text too: some normalisers change a token only there, or only at the beginning.
+            if self.encode(name)[0] != [token_id] or token_id not in self.encode(f"a{name}a")[0]:
                 raise WeightsError(
                     f'the control token "{text}" of this tokenizer is changed by its own normaliser',
                     "declare it with normalized=false in tokenizer.json",
@@ -105,12 +107,28 @@ def twin_of(tokenizer: PreTrainedTokenizerBase) -> TokenizerTwin:
     """The tokenizer's twin, made once and remade when the tokenizer gains tokens.
 
     Raises:
-        WeightsError: the tokenizer has no fast form.
+        WeightsError: the tokenizer has no fast form, or its files contradict each other.
     """
     twin = _twins.get(tokenizer)
     if twin is None or not twin.is_current(tokenizer):
-        twin = _twins[tokenizer] = TokenizerTwin(tokenizer)
+        twin = _twins[tokenizer] = _make(tokenizer)
     return twin
+
+
+def _make(tokenizer: PreTrainedTokenizerBase) -> TokenizerTwin:
+    try:
+        return TokenizerTwin(tokenizer)
+    except WeightsError:
+        raise
+    except BaseException as error:
+        # The tokenizers library raises the base class itself, and panics with what is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise WeightsError(
+            f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} cannot be used: {why}",
+            "its tokenizer.json and tokenizer_config.json must be whole and belong together",
+        ) from error
 
 
 def _control_tokens(spec: dict[str, Any], special: set[str]) -> dict[str, int]:
@@ -135,7 +153,11 @@ def _renamed(spec: dict[str, Any], names: dict[str, str]) -> Tokenizer:
     if isinstance(model.get("unk_token"), str):
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
     for token in spec["added_tokens"]:
-        token["content"] = names.get(token["content"], token["content"])
+        if token["content"] in names:
+            token["content"] = names[token["content"]]
+            # Found in the text as it stands: a normaliser that begins every text with a space would give
+            # the name one too, and then it is found at a text's beginning alone.
+            token["normalized"] = token["single_word"] = False
     # Without post-processor the offsets of a token also keep the space in front of its word.
     spec["post_processor"] = spec["truncation"] = spec["padding"] = None
     return Tokenizer.from_str(json.dumps(spec))
