@@ -59,14 +59,21 @@ def expected_runs(name: str, messages: Sequence[Message], eos: str) -> list[str]
     if name == "llama_2":
         messages = without_an_empty_end(messages)
     last = len(messages) - 1
-    runs = []
+    runs: list[str] = []
+    before = -1
     for index, message in enumerate(messages):
         answer = message.text
         if message.role != "assistant":
             continue
         if name in ("v1", "llama_2"):
             tail = {"v1": eos, "llama_2": f" {eos}"}[name]
-            runs += [f" {answer}{tail}"] if answer else [tail] if index == last else []
+            run = f" {answer}{tail}" if answer else tail if index == last else ""
+            between = messages[before + 1 : index]
+            if name == "llama_2" and runs and run and len(between) > 1 and all(m.is_empty for m in between):
+                runs[-1] += run  # several empty messages are written as nothing: the answers touch
+            else:
+                runs += [run] if run else []
+            before = index if run else before
         else:
             runs.append({"v0": f" {answer}\n###", "chatml": f"{answer}<|im_end|>"}[name])
     return runs
@@ -91,6 +98,17 @@ def test_supervised_tokens_decode_to_the_answers(
         assert encoded.input_ids.count(IMAGE_TOKEN_INDEX) == sum(m.num_images for m in messages)
 
     check()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_that_touch(kind: str, tokenizers: Tokenizers, decode_in_context: Decode) -> None:
+    said = ("Hi", "yes", "", "", "", "no")
+    messages = [Message("assistant" if n % 2 else "user", (text,)) for n, text in enumerate(said)]
+    for count, runs in ((4, 1), (6, 1)):
+        encoded = encode_sample(messages[:count], get_template("llama_2", tokenizers[kind]), tokenizers[kind])
+        found = [decode_in_context(tokenizers[kind], run) for run in supervised_runs(encoded)]
+        assert found == expected_runs("llama_2", messages[:count], tokenizers[kind].eos_token)
+        assert len(found) == runs
 
 
 @pytest.mark.parametrize("kind", KINDS)
