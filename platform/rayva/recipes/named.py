@@ -94,7 +94,7 @@ TINY = Recipe(
         train_scenes=8000,
         validation_scenes=200,
         test_scenes=500,
-        samples_per_image=24,
+        samples_per_image=30,
         questions_per_sample=1,
     ),
     features=Features(batch_size=256, shard_rows=4096),
