@@ -115,7 +115,9 @@ class ChatClient:
         self._budget, self._price = budget or Budget(None), price
         self._limit = RateLimit(endpoint.requests_per_minute, endpoint.tokens_per_minute)
         self._gate = Gate(endpoint.concurrency, self._limit)
-        self._slots = asyncio.Semaphore(endpoint.concurrency)
+        # The gate holds the calls in flight to the concurrency. A few requests more may be under way, so
+        # that the endpoint does not wait while answers are written to the storage.
+        self._slots = asyncio.Semaphore(endpoint.concurrency + endpoint.concurrency // 4)
         self._in_flight: dict[str, asyncio.Future[ChatAnswer]] = {}
         """What calls being made will answer, by digest."""
         self._settled = asyncio.Condition()
