@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from rayva.model.attention import sample_borders
 from rayva.model.batch import Batch, ImageCountError
 from rayva.model.loss import cross_entropy_sum
+from rayva.model.positions import positions
 from rayva.text.special import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 
@@ -33,8 +34,8 @@ class VisionLanguageModel(nn.Module):
 
     @property
     def context(self) -> int | None:
-        """Positions that the language model has, image tokens included; None where it sets no limit."""
-        return cast(int | None, getattr(self.language.config, "max_position_embeddings", None))
+        """`positions` of the language model."""
+        return positions(self.language.config)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """`loss_sum`: so that DeepSpeed's hooks around `forward` see the whole computation."""

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from rayva.errors import DataError, RecipeError
+from rayva.model.positions import positions
 from rayva.progress import Progress, say
 from rayva.recipes.schema import Lengths
 from rayva.storage import Storage
@@ -56,14 +57,12 @@ def require_answers(source: SampleSource, stage: str) -> None:
 
 def require_positions(config: PretrainedConfig, max_tokens: int) -> None:
     """Raises `RecipeError` where samples may be longer than the language model has positions."""
-    positions = getattr(config, "max_position_embeddings", None)
-    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
-    factor = scaling.get("factor") if isinstance(scaling, dict) else None
-    if positions is not None and max_tokens > positions * (factor or 1.0):
+    limit = positions(config)
+    if limit is not None and max_tokens > limit:
         raise RecipeError(
-            f"conversation.max_tokens={max_tokens}, but the language model has {positions} positions "
-            "(max_position_embeddings).",
-            f"set conversation.max_tokens={positions}, or choose a model with a longer context",
+            f"conversation.max_tokens={max_tokens}, but the language model has {limit} positions "
+            "(max_position_embeddings, with what its RoPE scaling adds).",
+            f"set conversation.max_tokens={limit}, or choose a model with a longer context",
         )
 
 
