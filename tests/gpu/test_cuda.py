@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -94,22 +93,28 @@ def test_the_loss_kernel_on_the_gpu() -> None:
         torch.testing.assert_close(gradient.cpu(), reference, rtol=1e-3, atol=1e-5)
 
 
-def test_forward_passes_are_timed_on_the_gpu() -> None:
-    """The device's own time: passes that are only enqueued count in full."""
+def test_forward_passes_are_timed_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device's own time between two events of each pass, which are only enqueued meanwhile."""
+    made: list[Any] = []
+    real = torch.cuda.Event
+
+    def event(**settings: Any) -> Any:
+        made.append(real(**settings))
+        return made[-1]
+
+    monkeypatch.setattr(torch.cuda, "Event", event)
     layer = torch.nn.Linear(4096, 4096, device="cuda")
     batch = torch.randn(4096, 4096, device="cuda")
     with ForwardClock([layer], batch.device) as clock:
-        for _ in range(3):  # the library is loaded, and room is found
-            layer(batch)
-        torch.cuda.synchronize()
-        clock.take()
-        started = time.monotonic()
         for _ in range(20):
             layer(batch)
         torch.cuda.synchronize()
-        passed = time.monotonic() - started
         own = clock.take()
-    assert 0.5 * passed < own < 1.05 * passed
+    assert len(made) == 2 * 20
+    assert all(one.query() for one in made), "recorded, and come to"
+    passes = [start.elapsed_time(stop) / 1000 for start, stop in zip(made[::2], made[1::2], strict=True)]
+    assert min(passes) > 0
+    assert own == pytest.approx(sum(passes))
     assert clock.take() == 0
 
 

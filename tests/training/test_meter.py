@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -16,6 +17,7 @@ from rayva.model.batch import collate
 from rayva.model.freeze import apply_freeze_policy
 from rayva.model.vlm import VisionLanguageModel
 from rayva.text.special import IMAGE_TOKEN_INDEX
+from rayva.training.clock import ForwardClock
 from rayva.training.flops import ModelFlops, peak_of
 from rayva.training.loop import train
 from tests.elastic.support import PATIENCE_SECONDS, start_ranks
@@ -55,6 +57,38 @@ def test_what_a_step_tells(process_group: None, tmp_path: Path) -> None:
         assert metrics["memory_bytes"] > 2**20
         assert metrics["tflops"] > 0
         assert "mfu" not in metrics  # nobody knows a CPU's peak
+
+
+class _Event:
+    """A CUDA event of a device whose clock goes on by a second with each."""
+
+    recorded = 0
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        type(self).recorded += 1
+        self.at = self.recorded
+
+    def elapsed_time(self, later: _Event) -> float:
+        return 1000.0 * (later.at - self.at)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_clock_counts_every_forward_pass_once(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter(range(100))
+    monkeypatch.setattr("rayva.training.clock.time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    first, second, other = (torch.nn.Linear(2, 2) for _ in range(3))
+    with ForwardClock([first, second], torch.device(device)) as clock:
+        for _ in range(3):
+            second(other(first(torch.ones(1, 2))))
+        assert clock.take() == 6  # seconds: one for each pass
+        assert clock.take() == 0
+        first(torch.ones(1, 2))
+    first(torch.ones(1, 2))
+    assert clock.take() == 1, "what comes after the block is not timed"
 
 
 @pytest.mark.slow
