@@ -7,15 +7,16 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
-from rayva.errors import TrainingError
+from rayva.errors import StorageError, TrainingError
 from rayva.recipes.schema import Stage
 from rayva.training.checkpoint import (
     DamagedCheckpointError,
@@ -25,6 +26,7 @@ from rayva.training.checkpoint import (
     write_progress,
 )
 from rayva.training.engine import Engine
+from rayva.training.nodes import node_folder
 from rayva.training.stop import TrainingStopped, stop_requested
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,10 @@ class SavedCheckpoint(Protocol):
         ...
 
     def open(self) -> AbstractContextManager[Path]:
-        """The merged checkpoint as a local folder; may fail with `DamagedCheckpointError`."""
+        """The merged checkpoint as a local folder; may fail with `DamagedCheckpointError`.
+
+        One rank of each node opens it, for all of that node.
+        """
         ...
 
 
@@ -209,34 +214,49 @@ def saved_dtype(hooks: Hooks, job_digest: str) -> torch.dtype | None:
 
 
 def restore(engine: Engine, hooks: Hooks, fresh: Progress) -> Progress:
-    """Loads the newest sound checkpoint and returns its position, or `fresh` where there is none.
-
-    Every rank verifies the copy that it is going to load; one that any rank rejects is passed over.
-    """
+    """Loads the newest sound checkpoint and returns its position, or `fresh` where there is none."""
     damaged = 0
     for name, checkpoint in _agreed_checkpoints(hooks):
-        with ExitStack() as stack:
-            folder, progress, problem = None, None, ""
-            try:
-                if checkpoint is None:
-                    raise DamagedCheckpointError("this worker does not see it")
-                folder = stack.enter_context(checkpoint.open())
-                progress = verify(folder)
-            except DamagedCheckpointError as error:
-                problem = str(error)
-            rejected = engine.reduce_sum([float(progress is None)])[0] > 0
-            if folder is None or progress is None or rejected:
-                damaged += 1
-                problem = problem or "another worker's copy is damaged"
-                logger.warning("checkpoint %s is passed over: %s", name, problem)
-                continue
-            _require_compatible(name, progress, fresh)
-            engine.load(folder, progress.world_size)
+        try:
+            progress = _load(engine, name, checkpoint, fresh)
+        except DamagedCheckpointError as error:
+            damaged += 1
+            logger.warning("checkpoint %s is passed over: %s", name, error)
+        else:
             logger.info("going on from checkpoint %s, step %d", name, progress.step)
             return progress
     if damaged:
         logger.warning("none of the %d checkpoints is sound: the stage begins anew", damaged)
     return fresh
+
+
+def _load(engine: Engine, name: str, checkpoint: SavedCheckpoint | None, fresh: Progress) -> Progress:
+    """Loads a checkpoint that every rank has verified where it reads it.
+
+    Raises `DamagedCheckpointError` on all ranks where any of them rejects it.
+    """
+    unseen = engine.reduce_sum([float(checkpoint is None)])[0] > 0
+    if checkpoint is None or unseen:
+        raise DamagedCheckpointError(f"{'another' if checkpoint else 'this'} worker does not see it")
+    with node_folder(checkpoint.open, partial(_not_fetched, name)) as folder:
+        progress, problem = None, "another worker's copy is damaged"
+        try:
+            progress = verify(folder)
+        except DamagedCheckpointError as error:
+            problem = str(error)
+        rejected = engine.reduce_sum([float(progress is None)])[0] > 0
+        if progress is None or rejected:
+            raise DamagedCheckpointError(problem)
+        _require_compatible(name, progress, fresh)
+        engine.load(folder, progress.world_size)
+        return progress
+
+
+def _not_fetched(name: str, reason: str) -> StorageError:
+    return StorageError(
+        f"The checkpoint {name} could not be fetched: {reason}",
+        "See that the storage can be reached and that TMPDIR has room for the checkpoint.",
+    )
 
 
 def _agreed_checkpoints(hooks: Hooks) -> list[tuple[str, SavedCheckpoint | None]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from rayva.errors import TrainingError
+from rayva.training.nodes import node_folder
 
 _TAIL = 2000
 
@@ -25,31 +25,24 @@ def converted(folder: Path, tag: str) -> Iterator[Path]:
     One rank of each node converts, on the node's own disk; every rank has to call it. DeepSpeed
     unpickles while it converts: `folder` must have been verified before.
     """
-    leader = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    target = Path(tempfile.mkdtemp(prefix="rayva-universal-")) if leader else None
-    try:
-        failure = _convert(folder / tag, target / tag) if target else ""
-        told: list[tuple[str, str, str] | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, (_node(), str(target) if target else "", failure))
-        answers = [answer for answer in told if answer is not None]
-        failures = [failure for _, _, failure in answers if failure]
-        if failures:
-            raise TrainingError(
-                f"The checkpoint {folder} could not be converted to {dist.get_world_size()} workers: "
-                f"{failures[0]}",
-                "Give TMPDIR a place with room for three times the checkpoint, or run with the number of "
-                "workers that saved it.",
-            )
-        yield Path(next(path for node, path, _ in answers if path and node == _node()))
-        dist.barrier()  # the others may still be reading
-    finally:
-        if target:
-            shutil.rmtree(target, ignore_errors=True)
+
+    def failed(reason: str) -> TrainingError:
+        return TrainingError(
+            f"The checkpoint {folder} could not be converted to {dist.get_world_size()} workers: {reason}",
+            "Give TMPDIR a place with room for three times the checkpoint, or run with the number of "
+            "workers that saved it.",
+        )
+
+    with node_folder(lambda: _conversion(folder, tag), failed) as target:
+        yield target
 
 
-def _node() -> str:
-    """Ray Train and torchrun number the nodes; each has a name of its own for that."""
-    return os.environ.get("NODE_RANK") or os.environ.get("GROUP_RANK") or "0"
+@contextmanager
+def _conversion(folder: Path, tag: str) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="rayva-universal-", ignore_cleanup_errors=True) as name:
+        if failure := _convert(folder / tag, Path(name) / tag):
+            raise TrainingError(failure, "")
+        yield Path(name)
 
 
 def _convert(source: Path, target: Path) -> str:
