@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rayva.errors import TrainingError
 from rayva.recipes.schema import Lora
-from rayva.training.checkpoint import DamagedCheckpointError, read_progress, verify
+from rayva.training.checkpoint import FORMAT, DamagedCheckpointError, read_progress, verify
 from rayva.training.loop import train
 from tests.training.support import FolderHooks, TinyFeatures, state_bytes, tiny_job, tiny_model
 
@@ -147,7 +147,12 @@ _DEEP = "[" * 100_000
         ("manifest-00000.json", '{"files": ["progress.json"]}', "lists no files"),
         ("manifest-00000.json", '{"files": {"progress.json": "x"}}', "lists no files"),
         ("manifest-00000.json", _DEEP, "cannot be read"),
-        ("manifest-00000.json", '{"files": {"%s": {}}}' % ("x" * 300), "cannot be read"),
+        ("manifest-00000.json", '{"files": {"progress.json": {}}}', "is not what was written"),
+        (
+            "manifest-00000.json",
+            json.dumps({"format": FORMAT, "rank": 0, "files": {"x" * 300: {}}}, indent=1) + "\n",
+            "cannot be read",
+        ),
         ("progress.json", {"world_size": "1"}, "world_size"),
         ("progress.json", {"world_size": 0}, "world_size"),
         ("progress.json", {"step": None}, "step"),

@@ -54,8 +54,11 @@ def write_manifest(folder: Path, rank: int) -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-    manifest = {"format": FORMAT, "rank": rank, "files": files}
-    (folder / manifest_name(rank)).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    (folder / manifest_name(rank)).write_bytes(_manifest(rank, files))
+
+
+def _manifest(rank: int, files: dict[str, Any]) -> bytes:
+    return (json.dumps({"format": FORMAT, "rank": rank, "files": files}, indent=1) + "\n").encode()
 
 
 def read_progress(folder: Path) -> Progress:
@@ -100,9 +103,7 @@ def verify(folder: Path) -> Progress:
     progress = read_progress(folder)
     listed: set[str] = set()
     for rank in range(progress.world_size):
-        files = _read_json(folder, manifest_name(rank)).get("files")
-        if not isinstance(files, dict) or not all(isinstance(known, dict) for known in files.values()):
-            raise DamagedCheckpointError(f"{folder / manifest_name(rank)} is damaged: it lists no files")
+        files = _listed_files(folder, rank)
         for name, expected in files.items():
             _check_file(folder, name, expected)
         listed |= {*files, manifest_name(rank)}
@@ -111,6 +112,21 @@ def verify(folder: Path) -> Progress:
     if PROGRESS not in listed or unlisted:
         raise DamagedCheckpointError(f"{folder} holds files of no manifest: {unlisted or [PROGRESS]}")
     return progress
+
+
+def _listed_files(folder: Path, rank: int) -> dict[str, dict[str, Any]]:
+    """Size and sha256 by name, of a manifest that has not changed in a byte: nothing else vouches for it."""
+    path = folder / manifest_name(rank)
+    files = _read_json(folder, path.name).get("files")
+    if not isinstance(files, dict) or not all(isinstance(known, dict) for known in files.values()):
+        raise DamagedCheckpointError(f"{path} is damaged: it lists no files")
+    try:
+        same = path.read_bytes() == _manifest(rank, files)
+    except OSError as error:
+        raise DamagedCheckpointError(f"{path} cannot be read: {error}") from error
+    if not same:
+        raise DamagedCheckpointError(f"{path} is not what was written")
+    return files
 
 
 def _check_file(folder: Path, name: str, expected: dict[str, Any]) -> None:
