@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import (
     AutoTokenizer,
     LlamaConfig,
@@ -223,3 +225,100 @@ def test_a_base_whose_tokenizer_outgrew_it(kind: str, tied: bool, tmp_path: Path
     assert ("language.lm_head.weight" in found) != tied
     assistant = load_assistant(tmp_path / "model")
     assert len(assistant.tokenizer) == assistant.model.language.get_input_embeddings().weight.shape[0]
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def make_larger_lora(
+    root: Path, more: int, whole: tuple[str, ...], place: str, **config: Any
+) -> dict[str, Tensor]:
+    """`make_lora` with `more` tokens than its base, and the tables `whole` trained in full, in `place`."""
+    make_lora(root)
+    base = load_file(root / "base/model.safetensors")
+    rows = len(base[EMBEDDING]) + more
+    file = root / "lora/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": rows, **config}))
+    draw = torch.Generator().manual_seed(5)
+    tables = {name: torch.randn(rows, base[name].shape[1], generator=draw) for name in whole}
+    stored_in = root / "lora" / place
+    tensors = torch.load(stored_in, weights_only=True)
+    torch.save(tensors | {f"base_model.model.{name}": t for name, t in tables.items()}, stored_in)
+    return tables
+
+
+def import_lora(root: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    choices = Choices(language=root / "base", vision=root / "tower")
+    report = import_model(root / "lora", root / "model", choices)
+    return stored(root / "model"), report.notes
+
+
+@pytest.mark.parametrize("place", ["non_lora_trainables.bin", "adapter_model.bin"])
+@pytest.mark.parametrize("whole", [(), (EMBEDDING,), (EMBEDDING, HEAD)])
+def test_a_lora_with_more_tokens_than_its_base(whole: tuple[str, ...], place: str, tmp_path: Path) -> None:
+    """Tables that were trained are taken; the others get the rows that training gave them."""
+    tables = make_larger_lora(tmp_path, 3, whole, place)
+    found, notes = import_lora(tmp_path)
+    base = load_file(tmp_path / "base/model.safetensors")
+    for name in (EMBEDDING, HEAD):
+        mean = base[name].mean(dim=0).expand(3, -1)
+        expected = tables.get(name, torch.cat([base[name], mean]))
+        torch.testing.assert_close(found[f"language.{name}"], expected, rtol=0, atol=1e-6)
+    told = " ".join(note for note in notes if "the mean row" in note)
+    assert [name for name in (EMBEDDING, HEAD) if name not in told] == list(whole)
+    assert load_assistant(tmp_path / "model").model.language.config.vocab_size == len(base[HEAD]) + 3
+
+
+def test_modules_saved_with_the_adapter(tmp_path: Path) -> None:
+    """peft's modules_to_save, in the adapter's file, go before non_lora_trainables.bin."""
+    tables = make_larger_lora(tmp_path, 0, (EMBEDDING, HEAD), "adapter_model.bin")
+    file = tmp_path / "lora/adapter_config.json"
+    settings = json.loads(file.read_text()) | {"modules_to_save": ["embed_tokens", "lm_head"]}
+    file.write_text(json.dumps(settings))
+    others = tmp_path / "lora/non_lora_trainables.bin"
+    same = {f"base_model.model.{n.removesuffix('.weight')}.modules_to_save.default.weight": t * 2
+            for n, t in tables.items()}  # fmt: skip
+    torch.save(torch.load(others, weights_only=True) | same, others)
+    found, _ = import_lora(tmp_path)
+    for name, table in tables.items():
+        assert torch.equal(found[f"language.{name}"], table)
+    file.write_text(json.dumps(settings | {"modules_to_save": ["norm_of_nothing"]}))
+    with pytest.raises(
+        WeightsError, match="modules_to_save names norm_of_nothing, which neither adapter_model"
+    ):
+        import_model(
+            tmp_path / "lora",
+            tmp_path / "two",
+            Choices(language=tmp_path / "base", vision=tmp_path / "tower"),
+        )
+
+
+def test_an_adapter_of_a_grown_head(tmp_path: Path) -> None:
+    """LoRA weights of the LM head have the trained model's rows, and add to what was trained in full."""
+    tables = make_larger_lora(tmp_path, 3, (HEAD,), "non_lora_trainables.bin")
+    file = tmp_path / "lora/adapter_model.bin"
+    a, b = torch.randn(4, tables[HEAD].shape[1]), torch.randn(len(tables[HEAD]), 4)
+    own = {"base_model.model.lm_head.lora_A.weight": a, "base_model.model.lm_head.lora_B.weight": b}
+    torch.save(torch.load(file, weights_only=True) | own, file)
+    found, _ = import_lora(tmp_path)
+    torch.testing.assert_close(found[f"language.{HEAD}"], tables[HEAD] + 2 * b @ a, rtol=0, atol=1e-4)
+
+
+def test_tokens_around_images_have_the_ids_of_training(tmp_path: Path) -> None:
+    """With mm_use_im_patch_token, the original adds `<im_patch>` before them."""
+    make_larger_lora(
+        tmp_path, 3, (), "adapter_model.bin", mm_use_im_start_end=True, mm_use_im_patch_token=True
+    )
+    before = len(make_tokenizer())
+    import_lora(tmp_path)
+    tokenizer = load_assistant(tmp_path / "model").tokenizer
+    names = ["<im_patch>", "<im_start>", "<im_end>"]
+    assert tokenizer.convert_tokens_to_ids(names) == [before, before + 1, before + 2]
+
+
+def test_a_vocabulary_beyond_all_bounds_takes_no_memory(tmp_path: Path) -> None:
+    make_lora(tmp_path)
+    file = tmp_path / "lora/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": 2**30}))
+    with pytest.raises(WeightsError, match=r"weight has the shape .* describes \[1073741824, "):
+        import_lora(tmp_path)

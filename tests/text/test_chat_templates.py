@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rayva.errors import RecipeError
 from rayva.model.import_chat import of_chat_template
+from rayva.text.chat_rendering import render_chat
 from rayva.text.conversation import IMAGE, BadConversation, Message, MessageRole
 from rayva.text.encode import IGNORE_INDEX, IMAGE_TOKEN_INDEX, Encoded, encode_prompt, encode_sample
 from rayva.text.templates import get_template
@@ -25,6 +27,10 @@ HOSTILE = (
     "{% macro m(x) %}{{ m(x) }}{% endmacro %}{{ m(1) }}",
     "{{ 'a' * 10**15 }}",
     "{{ [][3]['a']['b'] }}",
+    # These would end, but in nobody's lifetime.
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}"
+    "{% endfor %}{% endfor %}",
+    "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
 )
 LOOP = "{% for m in messages %}"
 # Each with the markup that the assistant has to write around its answer: before, after, after the last.
@@ -296,3 +302,13 @@ def test_a_checkpoints_template_that_crashes_is_told_by_its_file(
     found, why = of_chat_template(byte_level, tmp_path)
     assert found is None
     assert "chat_template.jinja fails on a question about a picture: " in why
+
+
+def test_a_long_conversation_is_written_by_its_template(families: dict[str, PreTrainedTokenizerBase]) -> None:
+    """The bound on a template's steps is far from what conversations take; tracers are left as they were."""
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}] * 500
+    before = sys.gettrace()
+    for tokenizer in families.values():
+        written = render_chat(tokenizer, turns, False)
+        assert written == tokenizer.apply_chat_template(turns, tokenize=False)
+    assert sys.gettrace() is before

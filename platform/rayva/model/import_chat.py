@@ -13,6 +13,7 @@ from rayva.errors import RayvaError
 from rayva.model.checkpoint import read_json
 from rayva.model.folder import ConversationSettings
 from rayva.model.import_language import first_line
+from rayva.text.chat_rendering import render_chat
 from rayva.text.conversation import IMAGE, Message
 from rayva.text.templates import Template, get_template
 
@@ -36,17 +37,12 @@ def of_chat_template(
         return None, "the checkpoint has no chat template"
     content = [{"type": "image"}, {"type": "text", "text": _QUESTION}]
     try:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            chat_template=chat_template,
-            add_generation_prompt=True,
-            tokenize=False,
-        )
+        text = render_chat(tokenizer, [{"role": "user", "content": content}], True, chat_template)
     except Exception as error:  # noqa: BLE001 (the template's code is anybody's)
         why = first_line(error)
         return None, f"the chat template in {source} fails on a question about a picture: {why}"
     # Rayva's exports write a space where some tokenizers need one to begin a text.
-    text = str(text).removeprefix(tokenizer.bos_token or "").removeprefix(" ")
+    text = text.removeprefix(tokenizer.bos_token or "").removeprefix(" ")
     text = text.replace("<image> \n", "<image>\n")
     markers = MARKERS if "".join((MARKERS[0], "<image>", MARKERS[1])) in text else None
     if markers:

@@ -44,7 +44,7 @@ _COUNTS = (
     "num_key_value_heads", "max_position_embeddings", "head_dim",
 )  # fmt: skip
 _MOST = 2**31
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _BUFFERS = ("rotary_emb.inv_freq", "position_ids")
 """Ends of the names of numbers that old checkpoints store and models compute themselves."""
 _PROBES = (
@@ -327,21 +327,21 @@ def with_marker_rows(
     Raises:
         WeightsError: the embedding has another name than that of Llama and its kin.
     """
-    if _EMBEDDING not in part.tensors:
+    if EMBEDDING not in part.tensors:
         raise WeightsError(
             f"{part.config_file}: a {part.config['model_type']} model, whose embedding is not called "
-            f"{_EMBEDDING}, cannot take rows for new tokens",
+            f"{EMBEDDING}, cannot take rows for new tokens",
             "give the base that the projector was trained with",
         )
     before = count(part.config, "vocab_size", part.config_file)
     rows = max(before, tokens)
     new = [*(ids if fresh else ()), *range(before, rows)]
-    trained = None if table_VH is None else _trained_rows(table_VH, ids, fresh, part.tensors[_EMBEDDING])
+    trained = None if table_VH is None else _trained_rows(table_VH, ids, fresh, part.tensors[EMBEDDING])
     tensors = dict(part.tensors)
     if trained is not None or new:
-        tensors[_EMBEDDING] = _with_rows(tensors[_EMBEDDING], rows, new, ids, trained)
-    if _HEAD in tensors and new:
-        tensors[_HEAD] = _with_rows(tensors[_HEAD], rows, new, (), None)
+        tensors[EMBEDDING] = _with_rows(tensors[EMBEDDING], rows, new, ids, trained)
+    if HEAD in tensors and new:
+        tensors[HEAD] = _with_rows(tensors[HEAD], rows, new, (), None)
     return replace(part, tensors=tensors, config={**part.config, "vocab_size": rows})
 
 

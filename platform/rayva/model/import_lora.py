@@ -15,7 +15,15 @@ from typing import Any
 from torch import Tensor
 
 from rayva.errors import WeightsError
-from rayva.model.checkpoint import LazyTensor, Tensors, check_precision, computed, open_weights, read_json
+from rayva.model.checkpoint import (
+    LazyTensor,
+    Tensors,
+    check_precision,
+    computed,
+    open_weights,
+    read_json,
+    renamed,
+)
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -23,7 +31,12 @@ OTHERS = "non_lora_trainables.bin"
 _PREFIX = "base_model.model."
 _NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 _REMEDY = "fetch or save the checkpoint again"
-_UNSUPPORTED = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "alora_invocation_tokens")
+_WHOLE = re.compile(
+    r"base_model\.model\.(?P<module>.+?)(?:\.modules_to_save)?(?:\.default)?\.(?P<kind>weight|bias)"
+)
+_TABLES = ("embed_tokens", "lm_head")
+"""Modules that peft stores whole with an adapter of its own accord, where it finds them resized."""
+_UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "alora_invocation_tokens")
 
 
 def is_lora(folder: Path) -> bool:
@@ -32,9 +45,25 @@ def is_lora(folder: Path) -> bool:
 
 
 def other_weights(folder: Path) -> Tensors:
-    """What was trained in full beside the LoRA weights, by the names of a full checkpoint."""
-    tensors = open_weights(folder / OTHERS)
-    return {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    """What was trained in full beside the LoRA weights, by the names of a full checkpoint.
+
+    The adapter's file goes before non_lora_trainables.bin, as in the original, which loads it last.
+
+    Raises:
+        WeightsError: a module that adapter_config.json says is stored whole is in neither file.
+    """
+    config_file = folder / ADAPTER_CONFIG
+    saved = _modules_to_save(read_json(config_file), config_file)
+    in_adapter = {n: t for n, t in open_weights(_adapter(folder)).items() if _is_whole(n, saved)}
+    others = renamed(open_weights(folder / OTHERS), _own_name) | renamed(in_adapter, _own_name)
+    for module in saved:
+        if not any(_is_in(name, module) for name in others):
+            raise WeightsError(
+                f"{config_file}: modules_to_save names {module}, which neither {_adapter(folder).name} nor "
+                f"{OTHERS} holds",
+                _REMEDY,
+            )
+    return others
 
 
 def merge(folder: Path, base: Tensors) -> Tensors:
@@ -45,8 +74,9 @@ def merge(folder: Path, base: Tensors) -> Tensors:
     """
     config = read_json(folder / ADAPTER_CONFIG)
     rank, scale = _settings(config, folder / ADAPTER_CONFIG)
-    file = next((folder / name for name in ADAPTERS if (folder / name).is_file()), folder / ADAPTERS[1])
-    tensors = open_weights(file)
+    saved = _modules_to_save(config, folder / ADAPTER_CONFIG)
+    file = _adapter(folder)
+    tensors = {name: tensor for name, tensor in open_weights(file).items() if not _is_whole(name, saved)}
     check_precision("adapter", tensors.values())
     pairs: dict[str, dict[str, LazyTensor]] = {}
     for name, tensor in tensors.items():
@@ -69,6 +99,35 @@ def merge(folder: Path, base: Tensors) -> Tensors:
     if not pairs:
         raise WeightsError(f"{file} holds no LoRA weights", _REMEDY)
     return merged
+
+
+def _adapter(folder: Path) -> Path:
+    return next((folder / name for name in ADAPTERS if (folder / name).is_file()), folder / ADAPTERS[1])
+
+
+def _modules_to_save(config: dict[str, Any], file: Path) -> tuple[str, ...]:
+    """Names of the modules that were trained in full and stored with the adapter."""
+    found = config.get("modules_to_save") or []
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise WeightsError(f"{file}: modules_to_save is {found!r}, expected names of modules", _REMEDY)
+    return tuple(found)
+
+
+def _is_whole(name: str, saved: tuple[str, ...]) -> bool:
+    """Whether the adapter's tensor `name` is a module's own weight, not a change of it."""
+    found = _WHOLE.fullmatch(name)
+    if found is None or _NAME.fullmatch(name):
+        return False
+    return any(_is_in(found["module"], module) for module in (*saved, *_TABLES))
+
+
+def _is_in(path: str, module: str) -> bool:
+    return f".{module}." in f".{path}."
+
+
+def _own_name(name: str) -> str:
+    found = _WHOLE.fullmatch(name)
+    return f"{found['module']}.{found['kind']}" if found else name.removeprefix(_PREFIX)
 
 
 def _settings(config: dict[str, Any], file: Path) -> tuple[int, float]:

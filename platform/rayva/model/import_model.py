@@ -123,8 +123,9 @@ def _write(parts: Parts, scratch: Path, choices: Choices) -> Report:
     for name in ("language", "vision"):
         (scratch / name).mkdir()
     language = check_language(parts.language)
+    added = (*parts.added, *(parts.markers or ()))
     tokenizer, lacked = write_tokenizer(
-        parts.tokenizer, scratch / "language", language.config, parts.markers or (), parts.kind == "hf"
+        parts.tokenizer, scratch / "language", language.config, added, parts.kind == "hf"
     )
     language = _with_markers(parts, language, tokenizer, bool(lacked))
     language, grown = _covering(parts, language, tokenizer, choices)

@@ -20,11 +20,16 @@ from rayva.model.checkpoint import (
 )
 from rayva.model.import_chat import MARKERS, of_original
 from rayva.model.import_language import (
+    EMBEDDING,
+    HEAD,
     LanguagePart,
+    check_language,
+    count,
     find_tokenizer,
     generation_settings,
     is_original_type,
     language_config,
+    with_marker_rows,
 )
 from rayva.model.import_lora import merge, other_weights, overwrite
 from rayva.model.import_parts import (
@@ -45,9 +50,11 @@ from rayva.model.import_vision import (
 from rayva.vision.preprocess import Aspect
 
 PROJECTOR_FILES = ("mm_projector.bin", "mm_projector.safetensors")
+_PATCH = "<im_patch>"
+_MOST_NEW = 4096
+"""Tokens that training may have added to a base: the original adds four at most, others pad too."""
 _TOWER = "model.vision_tower."
 _OF_TOWER = ("mm_vision_tower", "mm_vision_select_layer", "image_aspect_ratio")
-_EMBEDDING = "model.embed_tokens.weight"
 
 
 def original_parts(source: Path, choices: Choices) -> Parts:
@@ -59,15 +66,41 @@ def original_parts(source: Path, choices: Choices) -> Parts:
 
 def lora_parts(source: Path, choices: Choices) -> Parts:
     """LoRA weights and what was trained beside them, on a base language model."""
-    base = _base(source, choices, read_json(source / "config.json"))
+    config_file = source / "config.json"
+    raw = read_json(config_file)
+    base = _base(source, choices, raw)
     others = other_weights(source)
-    merged = merge(source, base.tensors)
     projector = {name: tensor for name, tensor in others.items() if PROJECTOR in name}
     language = {name: tensor for name, tensor in others.items() if name not in projector}
-    tensors = overwrite(merged, language) | projector
-    return _from_original(
-        source, read_json(source / "config.json"), tensors, source / "config.json", choices, "lora"
-    )
+    base, notes = _with_vocabulary(base, raw, config_file, language)
+    # In this order, as the original does it: an adapter may change what was trained in full.
+    tensors = merge(source, overwrite(base.tensors, language)) | projector
+    parts = _from_original(source, raw, tensors, config_file, choices, "lora")
+    # The original adds this token, which no text uses, before those around images: it counts for their ids.
+    added = (_PATCH,) if parts.markers and raw.get("mm_use_im_patch_token") else ()
+    return replace(parts, added=added, notes=(*parts.notes, *notes))
+
+
+def _with_vocabulary(
+    base: LanguagePart, raw: Mapping[str, Any], config_file: Path, trained: Tensors
+) -> tuple[LanguagePart, tuple[str, ...]]:
+    """The base with the rows that `raw`, the trained model's configuration, counts, and a remark on new ones.
+
+    Training added tokens, with the mean row for each; where the tables were trained, they are in `trained`.
+    """
+    rows, table = raw.get("vocab_size"), base.tensors.get(EMBEDDING)
+    if table is None or not isinstance(rows, int) or rows <= table.shape[0]:
+        return base, ()
+    rows, before = count(raw, "vocab_size", config_file), table.shape[0]
+    if rows - before > _MOST_NEW:
+        return base, ()  # refused for its shape later, unless the tables were trained
+    grown = with_marker_rows(check_language(base), (), False, rows, None)
+    lost = [name for name in (EMBEDDING, HEAD) if name in grown.tensors and name not in trained]
+    if not lost:
+        return grown, ()
+    names = " and ".join(lost)
+    note = f"{config_file}: vocab_size is {rows}, the base's {before}; new rows of {names} are the mean row"
+    return grown, (note,)
 
 
 def stage_one_parts(source: Path, choices: Choices) -> Parts:
@@ -106,7 +139,7 @@ def _marker_table(embedding_VH: Tensor, parts: Parts) -> Tensor:
     """What holds the rows of `<im_start>` and `<im_end>`; `WeightsError` where it cannot."""
     if embedding_VH.ndim != 2 or embedding_VH.shape[1] != parts.language.hidden or len(embedding_VH) < 2:
         raise WeightsError(
-            f"{parts.where}: {_EMBEDDING} has the shape {list(embedding_VH.shape)}, "
+            f"{parts.where}: {EMBEDDING} has the shape {list(embedding_VH.shape)}, "
             f"expected rows of {parts.language.hidden}",
             REMEDY,
         )

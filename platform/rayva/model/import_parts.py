@@ -54,7 +54,7 @@ class Parts:
 
     `projector` is by the names in projector.safetensors. `conversation` is asked once the tokenizer is
     known. `markers` are tokens around each image, `marker_embedding` the table that holds their trained
-    rows.
+    rows. `added` are tokens that the tokenizer is given before them.
     """
 
     kind: Kind
@@ -70,6 +70,7 @@ class Parts:
     conversation: Callable[[PreTrainedTokenizerBase], tuple[ConversationSettings | None, str]]
     markers: tuple[str, str] | None = None
     marker_embedding: Tensor | None = None
+    added: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
 

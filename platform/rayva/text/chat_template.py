@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rayva.errors import RecipeError
+from rayva.text.chat_rendering import render_chat
 from rayva.text.conversation import BadConversation, Message, MessageRole
 from rayva.text.templates import Segment, Segments, Template, content_segments
 from rayva.text.twin import twin_of
@@ -134,9 +135,7 @@ class ChatTemplate(Template):
             {"role": role, "content": stand_in} for role, stand_in in zip(roles, stand_ins, strict=True)
         ]
         try:
-            rest = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generation
-            )
+            rest = render_chat(self._tokenizer, messages, generation)
         except Exception as error:  # the template's code is anybody's
             why = str(error) or type(error).__name__
             raise BadConversation(
