@@ -13,6 +13,7 @@ from rayva.recipes.schema import STAGES
 from rayva.steps import SUMMARY, StepFolder, read_summary
 from rayva.storage import Storage
 from rayva.tracking.address import tracking_uri
+from rayva.tracking.mlflow_tracker import with_run_id
 
 _GROUNDING = ("accuracy", "accuracy_shuffled_images", "accuracy_no_image", "questions")
 
@@ -93,8 +94,9 @@ def build_summary(
     return summary
 
 
-def _where_now(tracked: dict[str, Any], recipe: Recipe, storage: Storage) -> dict[str, Any]:
-    """A run's own SQLite store moves with the run."""
+def _where_now(info: dict[str, Any], recipe: Recipe, storage: Storage) -> dict[str, Any]:
+    """Where the job is in MLflow. A run's own SQLite store moves with the run."""
+    tracked = with_run_id(info, storage)
     kept = str(tracked["tracking_uri"])
     own = storage.is_local and recipe.tracking.uri is None and kept.endswith("/mlflow.db")
     if own and kept.startswith("sqlite:"):
