@@ -156,9 +156,17 @@ def test_a_ray_job_is_submitted_again(monkeypatch: pytest.MonkeyPatch) -> None:
     job = {"runtime_env": {"working_dir": "gcs://_ray_pkg_1.zip"}}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
     python = Path(sys.executable).name
-    assert command_again() == (
-        f"ray job submit --working-dir . -- {python} pipelines/full.py --storage '/a run'"
-    )
+    again = f"ray job submit --working-dir . -- {python} pipelines/full.py --storage '/a run'"
+    assert command_again() == again
+    whole = str(ROOT / "pipelines" / "full.py")  # on the node: whoever submits has another path to it
+    monkeypatch.setattr("sys.argv", [whole, "--storage", "/a run"])
+    assert command_again() == again
+
+
+@pytest.mark.parametrize("force", [["--force", "data"], ["--force=data"], ["--fo", "data"], ["--f=data"]])
+def test_what_was_forgotten_is_not_forgotten_again(force: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["pipelines/full.py", *force, "finetune.lr=1e-4", "--until=data"])
+    assert command_again() == f"{sys.executable} pipelines/full.py finetune.lr=1e-4 --until=data"
 
 
 @pytest.fixture(autouse=True)

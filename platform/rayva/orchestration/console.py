@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from rayva.errors import RayvaError, RecipeError
+from rayva.provenance import REPOSITORY
 from rayva.recipes.load import from_dict, merge, parse_override, to_dict
 from rayva.recipes.schema import Features, Recipe, Scaling, Serving
 
@@ -36,13 +37,16 @@ def guarded(action: Callable[[], int], interrupted: str) -> int:
 def command_again() -> str:
     """The command that started this process, as a line for a shell, but for what `--force` forgot.
 
-    A Ray job is submitted again; its interpreter is a node's own, not the one of whoever submits.
+    A Ray job is submitted again, from the checkout; its interpreter is a node's own, not the one of whoever
+    submits.
     """
-    arguments = [sys.argv[0], *_without_force(sys.argv[1:])]
+    arguments = _without_force(sys.argv[1:])
     if in_temporary_copy():
+        script = Path(sys.argv[0]).resolve()
+        inside = str(script.relative_to(REPOSITORY)) if script.is_relative_to(REPOSITORY) else sys.argv[0]
         name = Path(sys.executable).name
-        return f"ray job submit --working-dir . -- {shlex.join([name, *arguments])}"
-    return shlex.join([sys.executable, *arguments])
+        return f"ray job submit --working-dir . -- {shlex.join([name, inside, *arguments])}"
+    return shlex.join([sys.executable, sys.argv[0], *arguments])
 
 
 def in_temporary_copy() -> bool:
@@ -56,10 +60,12 @@ def _without_force(arguments: Sequence[str]) -> list[str]:
     kept: list[str] = []
     rest = iter(arguments)
     for argument in rest:
-        if argument == "--force":
-            next(rest, None)
-        elif not argument.startswith("--force="):
+        option, equals, _ = argument.partition("=")
+        # argparse takes shortened options too; no other one begins with --f.
+        if not (option.startswith("--f") and "--force".startswith(option)):
             kept.append(argument)
+        elif not equals:
+            next(rest, None)
     return kept
 
 
