@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -47,6 +48,17 @@ def command_again() -> str:
         name = Path(sys.executable).name
         return f"ray job submit --working-dir . -- {shlex.join([name, inside, *arguments])}"
     return shlex.join([sys.executable, sys.argv[0], *arguments])
+
+
+def program(name: str) -> str:
+    """What starts a program of this environment in a shell here: its name, or its path if PATH has it not.
+
+    `make demo` leaves PATH as it is. A job's node is not where its words are read: there, the name.
+    """
+    beside, found = Path(sys.executable).with_name(name), shutil.which(name)
+    if in_temporary_copy() or not beside.exists() or (found and os.path.samefile(found, beside)):
+        return name
+    return shlex.quote(str(beside))
 
 
 def in_temporary_copy() -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rayva.errors import StorageError
+from rayva.orchestration.console import program
 from rayva.progress import duration
 from rayva.recipes import Recipe
 from rayva.recipes.schema import STAGES
@@ -197,13 +198,13 @@ def _next(summary: Mapping[str, Any], storage: Storage) -> list[str]:
         if uri.startswith(("http://", "https://")):
             lines.append(f"  {uri} (experiment {summary['mlflow']['experiment']})")
         else:
-            lines.append(f"  mlflow ui --backend-store-uri {shlex.quote(uri)}")
+            lines.append(f"  {program('mlflow')} ui --backend-store-uri {shlex.quote(uri)}")
     if summary["export"]:
         lines += ["", f"Hugging Face LLaVA folder: {summary['export']}"]
     if summary["assistant"]:
         lines += [
             "Chat with the model:",
-            f"  rayva chat {shlex.quote(summary['assistant'])} --image PICTURE",
+            f"  {program('rayva')} chat {shlex.quote(summary['assistant'])} --image PICTURE",
         ]
     lines.append(f"All of this for programs: {storage.uri(SUMMARY)}")
     return lines
