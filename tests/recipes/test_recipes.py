@@ -256,22 +256,6 @@ def test_a_file_that_cannot_be_used_is_a_clear_error(tmp_path, text: str, told: 
     assert told in fault(config=str(config))
 
 
-def test_a_json_file_with_a_key_twice_is_refused(tmp_path) -> None:
-    config = tmp_path / "my.json"
-    config.write_text('{"finetune": {"lr": 1e-4, "epochs": 1, "lr": 2e-4}}')
-    assert "not valid JSON: the key 'lr' is given twice" in fault(config=str(config))
-
-
-def test_text_that_is_no_unicode_is_named_with_its_key() -> None:
-    message = fault("data.captions=caf\udce9.csv")
-    assert message.startswith("data.captions: the text 'caf\\udce9.csv' is not valid Unicode")
-    assert "vision" not in message, "the other settings are not at fault"
-
-
-def test_capitals_do_not_hide_the_nearest_key() -> None:
-    assert "the nearest is 'finetune.lr'" in fault("finetune.LR=1e-4")
-
-
 def test_a_missing_file_is_a_clear_error(tmp_path) -> None:
     assert "cannot be read" in fault(config=str(tmp_path / "none.yaml"))
 
