@@ -5,6 +5,7 @@ interruption and it goes on; start it again after the end and it only says so.
 """
 
 import argparse
+import shlex
 import sys
 
 import _bootstrap  # noqa: F401  (makes rayva importable)
@@ -42,7 +43,8 @@ def _ask(storage: Storage) -> int:
         for turn in served["answers"]:
             lines += [f"  {turn['question']}", f"    {turn['answer']}"]
     print("\n" + "\n".join(lines))
-    print(f"\nServe it: {sys.executable} pipelines/serve.py --storage {storage.root}", flush=True)
+    serve = shlex.join([sys.executable, "pipelines/serve.py", "--storage", storage.root])
+    print(f"\nServe it: {serve}", flush=True)
     return 0
 
 

@@ -10,7 +10,7 @@ import threading
 
 import _bootstrap  # noqa: F401  (makes rayva importable)
 
-from rayva.orchestration.console import guarded, serving_recipe, serving_settings
+from rayva.orchestration.console import guarded, program, serving_recipe, serving_settings
 from rayva.recipes import from_dict
 from rayva.recipes.schema import Serving
 from rayva.serving.address import check_exposure, check_port
@@ -51,10 +51,8 @@ def _serve(options: argparse.Namespace) -> int:
             "model_name": options.name,
         }
         with running_endpoint(args, serving) as url:
-            print(
-                f"Serving at {url}/v1 (Ctrl-C stops). Try:\n  rayva chat --url {url} --image PICTURE",
-                flush=True,
-            )
+            chat = f"{program('rayva')} chat --url {url} --image PICTURE"
+            print(f"Serving at {url}/v1 (Ctrl-C stops). Try:\n  {chat}", flush=True)
             threading.Event().wait()
     finally:
         stop_ray()

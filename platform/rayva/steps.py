@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shlex
 import threading
 import time
 from collections.abc import Mapping
@@ -44,6 +45,12 @@ def read_summary(storage: Storage) -> dict[str, Any]:
             f"{storage.uri(SUMMARY)} is not the summary of a run.", "give the --storage of pipelines/full.py"
         )
     return found
+
+
+def command_to_go_on(storage: Storage, *arguments: str) -> str:
+    """A line for a shell that goes on with the run in `storage`, under the settings that it had last."""
+    line = ["python", "pipelines/full.py", "--config", storage.uri(RECIPE), "--storage", storage.root]
+    return shlex.join([*line, *arguments])
 
 
 def step_digest(name: str, slice: Mapping[str, Any], inputs: Mapping[str, str]) -> str:

@@ -13,7 +13,7 @@ import yaml
 from rayva import cli
 from rayva.commands import COMMANDS
 from rayva.orchestration import entry, exam_entry
-from rayva.orchestration.console import command_again
+from rayva.orchestration.console import command_again, program
 from rayva.orchestration.pipeline import STEPS
 from rayva.recipes import resolve, to_dict
 from tests.core import job
@@ -156,9 +156,34 @@ def test_a_ray_job_is_submitted_again(monkeypatch: pytest.MonkeyPatch) -> None:
     job = {"runtime_env": {"working_dir": "gcs://_ray_pkg_1.zip"}}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
     python = Path(sys.executable).name
-    assert command_again() == (
-        f"ray job submit --working-dir . -- {python} pipelines/full.py --storage '/a run'"
-    )
+    again = f"ray job submit --working-dir . -- {python} pipelines/full.py --storage '/a run'"
+    assert command_again() == again
+    whole = str(ROOT / "pipelines" / "full.py")  # on the node: whoever submits has another path to it
+    monkeypatch.setattr("sys.argv", [whole, "--storage", "/a run"])
+    assert command_again() == again
+
+
+@pytest.mark.parametrize("force", [["--force", "data"], ["--force=data"], ["--fo", "data"], ["--f=data"]])
+def test_what_was_forgotten_is_not_forgotten_again(force: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["pipelines/full.py", *force, "finetune.lr=1e-4", "--until=data"])
+    assert command_again() == f"{sys.executable} pipelines/full.py finetune.lr=1e-4 --until=data"
+
+
+def test_a_program_is_named_so_that_a_shell_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in ("a venv", "other"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rayva").write_text("")
+        (tmp_path / folder / "rayva").chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(tmp_path / "a venv" / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path / "other"))
+    assert program("rayva") == f"'{tmp_path}/a venv/rayva'", "that of the PATH is another one"
+    assert program("mlflow") == "mlflow", "not in this environment at all"
+    monkeypatch.setenv("PATH", f"{tmp_path}/a venv:{tmp_path}/other")
+    assert program("rayva") == "rayva"
+    monkeypatch.setenv("PATH", "")
+    job = {"runtime_env": {"working_dir": "gcs://_ray_pkg_1.zip"}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+    assert program("rayva") == "rayva", "whoever reads this is elsewhere"
 
 
 @pytest.fixture(autouse=True)

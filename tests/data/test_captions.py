@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayva.data.caption_rows import parse_row
+from rayva.data.caption_rows import parse_row, read_rows
 from rayva.data.captions import build
 from rayva.data.locations import join, parent
 from rayva.data.quarantine import BadRow, count_reasons
@@ -160,6 +160,34 @@ def test_a_csv_text_may_hold_line_breaks_commas_and_quotes(tmp_path):
         "b.png": ('A 6" rule',),
     }
     assert refused == []
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("image;caption\na.png;a cat, asleep\n", "has semicolons between its columns"),
+        ("image\tcaption\na.png\tx\n", "has tabs between its columns"),
+        ("image,caption,caption\na.png,x,y\n", "several columns called caption"),
+    ],
+)
+def test_a_csv_header_that_is_not_ours_is_told_by_name(text, told, tmp_path):
+    (tmp_path / "captions.csv").write_text(text)
+    with pytest.raises(DataError, match=told):
+        tables_of(tmp_path)
+
+
+def test_a_parquet_table_with_two_columns_of_one_name_is_refused(tmp_path):
+    table = pa.table([pa.array(["a.png"]), pa.array(["x"]), pa.array(["y"])], ["image", "caption", "caption"])
+    pq.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(DataError, match="several columns called caption"):
+        tables_of(tmp_path / "t.parquet")
+
+
+def test_blanks_in_a_csv_header_and_empty_cells_mean_nothing(tmp_path):
+    text = "\n image, path ,captions,caption\na.png,,one,\n,b.png,,two\n"
+    (tmp_path / "captions.csv").write_text(text)
+    found = [parse_row(value) for _, value, _ in read_rows(str(tmp_path)).values]
+    assert [(row.image, row.captions) for row in found] == [("a.png", ("one",)), ("b.png", ("two",))]
 
 
 def test_a_csv_file_that_ends_within_quotes_is_refused(tmp_path):

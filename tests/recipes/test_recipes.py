@@ -3,11 +3,10 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayva.errors import RecipeError
-from rayva.orchestration.startup import shares_gpus
 from rayva.recipes import from_dict, require_runnable, resolve, to_dict, yaml12
 from rayva.recipes.named import NAMED
 from rayva.recipes.schema import Dataset
@@ -85,6 +84,7 @@ def test_overrides_win_over_the_file_and_the_file_over_the_name(tmp_path) -> Non
     assert recipe.pretrain == resolve("tiny").pretrain
 
 
+@settings(deadline=None)
 @given(
     st.floats(min_value=1e-12, max_value=1e3, allow_nan=False), st.sampled_from(["{!r}", "{:e}", "{:.17g}"])
 )
@@ -167,6 +167,7 @@ def test_bytes_in_a_file_are_a_clear_error(tmp_path) -> None:
 _NUMBERLIKE = st.from_regex(r"[-+0-9eE._:xo]{1,12}", fullmatch=True)
 
 
+@settings(deadline=None)
 @given(st.text() | _NUMBERLIKE | st.sampled_from(["no", "~", "y", "1e5"]))
 def test_any_text_survives_yaml(text: str) -> None:
     settings = {"system": text, "list": [text], "number": 1e-5, "nothing": None}
@@ -245,6 +246,8 @@ def test_all_faults_are_told_at_once() -> None:
         ("- 1\n- 2\n", "not settings by name"),
         ("finetune: {lr: 1, lr: 2}", "given twice"),
         ("x: !!python/object/apply:os.system ['true']", "not valid YAML"),
+        ("finetune.lr: 1e-4", "write `finetune:`, and below it, indented, `lr: ...`"),
+        ("finetune: {lora.r: 4}", "write `finetune.lora:`"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_a_clear_error(tmp_path, text: str, told: str) -> None:
@@ -428,9 +431,16 @@ def test_gpus_are_a_share_of_one_or_whole_ones(setting: str) -> None:
         ("2", "0", False),
     ],
 )
-def test_workers_that_may_share_a_gpu_are_known(workers: str, gpus: str, shared: bool) -> None:
+def test_workers_that_might_share_a_gpu_are_refused_before_a_run(
+    workers: str, gpus: str, shared: bool
+) -> None:
     recipe = resolve("tiny", None, [f"scaling.workers={workers}", f"scaling.gpus_per_worker={gpus}"])
-    assert shares_gpus(recipe.scaling) is shared
+    if not shared:
+        require_runnable(recipe)
+        return
+    with pytest.raises(RecipeError, match="NCCL refuses") as caught:
+        require_runnable(recipe)
+    assert caught.value.remedy.startswith("set scaling.gpus_per_worker=1, or scaling.workers=1")
 
 
 @pytest.mark.parametrize(

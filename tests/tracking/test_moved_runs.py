@@ -59,7 +59,7 @@ def test_a_copy_is_served_from_itself_when_the_first_is_gone(tmp_path: Path) -> 
     run(tmp_path / "a", shared)
     (tmp_path / "a").rename(tmp_path / "b")
     assert Path(find_model(str(tmp_path / "b")).folder).is_relative_to(tmp_path / "b")
-    with pytest.raises(ServingError, match="--force register"):
+    with pytest.raises(ServingError, match=r"--storage .* --force register"):
         find_model("models:/m@candidate", shared.partition("=")[2])
     assert run(tmp_path / "b", shared, force=["register"])["version"] == "2"
     found = find_model("models:/m@candidate", shared.partition("=")[2])

@@ -199,10 +199,16 @@ def test_a_finished_job_started_again_sends_what_was_kept(
     start()  # in vain
     assert "wait in" in capsys.readouterr().err
     assert storage.list(SPOOL) != []
+    assert storage.read_json("summary.json")["mlflow"]["run_id"] is None
     server.start()
     start()
     assert storage.list(SPOOL) == []
     found = runs(client(server.uri), "kept")
+    assert storage.read_json("summary.json")["mlflow"] == {
+        "tracking_uri": server.uri,
+        "experiment": "kept",
+        "run_id": found["tiny"].info.run_id,
+    }
     assert set(found) == {"tiny", "data", "train", "evaluate"}
     assert {run.info.status for run in found.values()} == {"FINISHED"}
     assert found["data"].data.metrics == {"images": 3.0}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,9 +17,10 @@ import pytest
 import torch
 from peft import PeftModel
 
+from rayva.errors import TrainingError
 from rayva.model.folder import load_assistant
 from rayva.model.language import load_language_model
-from rayva.orchestration.local_training import main
+from rayva.orchestration.local_training import _device, main
 from rayva.orchestration.pipeline import described, make_plan
 from rayva.recipes import from_dict, to_dict
 from rayva.recipes.schema import Recipe
@@ -81,6 +83,32 @@ def _steps(file: Path) -> list[dict[str, Any]]:
 def test_a_missing_step_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--recipe", "tiny", "--storage", str(tmp_path), "--stage", "finetune"]) == 2
     assert "The step weights, which finetune needs, is not finished" in capsys.readouterr().err
+
+
+def test_the_advised_command_has_all_settings_of_this_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "my settings.yaml"
+    config.write_text("name: mine\n")
+    given = ["--recipe", "tiny", "--config", str(config), "--storage", f"{tmp_path}/a run"]
+    overrides = ["conversation.system=Be brief. It's late.", "finetune.lr=3e-4"]
+    assert main([*given, "--stage", "pretrain", *overrides]) == 2
+    advice = capsys.readouterr().err.strip().splitlines()[-1].partition("finish it with: ")[2]
+    assert shlex.split(advice) == [
+        "python", "pipelines/full.py", *given, "--until", "weights", *overrides
+    ]  # fmt: skip
+
+
+def test_a_process_without_a_gpu_of_its_own_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    assert _device("cuda") == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(TrainingError, match="--nproc-per-node 1"):
+        _device("cuda")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(TrainingError, match="give --device cpu"):
+        _device("cuda")
 
 
 @pytest.mark.slow

@@ -208,7 +208,7 @@ def test_ranks_measure_together_what_one_measures_alone(tmp_path: Path) -> None:
 def _plan(root: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
     code = main(["plan", "--storage", str(root / "run"), *arguments])
     told = capsys.readouterr()
-    return code, told.out or told.err
+    return code, told.err if code == 2 else told.out
 
 
 def test_the_command_tells_what_training_does(
@@ -244,6 +244,8 @@ def test_the_command_names_what_is_missing(tmp_path: Path, capsys: pytest.Captur
     assert code == 2
     assert "choose one of 1 to 12" in text
     work.inputs["features"].forget()
-    code, text = _plan(tmp_path, capsys)
+    code, text = _plan(tmp_path, capsys, "finetune.batch_size=3")
     assert code == 2
     assert "The step features is not finished" in text
+    command = f"--config {tmp_path}/run/recipe.json --storage {tmp_path}/run --until features"
+    assert text.strip().endswith(f"python pipelines/full.py {command} finetune.batch_size=3")

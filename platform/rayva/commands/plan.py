@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rayva.errors import RayvaError
 from rayva.progress import Progress
 from rayva.recipes.load import from_dict, merge, parse_override
-from rayva.steps import RECIPE
+from rayva.steps import RECIPE, command_to_go_on
 from rayva.storage import Storage
 from rayva.training.audit import EpochAudit, audit
 from rayva.training.dataset import SampleSource
@@ -84,7 +84,7 @@ def _load(root: str, overrides: Sequence[str], stage: str) -> tuple[SampleSource
         if steps[name].manifest is None:
             raise RayvaError(
                 f"The step {name} is not finished ({steps[name].why}).",
-                f"run pipelines/full.py --recipe {recipe.name} --storage {root} --until features",
+                f"finish it with: {command_to_go_on(storage, '--until', 'features', *overrides)}",
             )
     planned = steps[stage]
     work = StageWork(recipe, "pretrain" if stage == "pretrain" else "finetune", storage, planned.folder,

@@ -93,7 +93,8 @@ def parse_row(value: object) -> CaptionRow:
 
 
 def _first(row: dict[Any, Any], columns: Sequence[str]) -> object:
-    return next((row[name] for name in columns if row.get(name) is not None), None)
+    """The first of these columns that has something: in a CSV, a cell with nothing in it is an empty text."""
+    return next((row[name] for name in columns if row.get(name) not in (None, "")), None)
 
 
 def _parse_image(value: object) -> tuple[str | None, bytes | None]:
@@ -141,7 +142,9 @@ def _read_csv(uri: str) -> Iterator[Value]:
     with open_input(uri, SETTING) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
         try:
             reader = csv.reader(text, strict=True)
-            columns = next(reader, [])
+            header = next((row for row in reader if row), [])
+            columns = [name.strip() for name in header]
+            _check_separator(uri, columns)
             _check_columns(uri, columns)
             for index, (row, fault) in enumerate(_csv_rows(reader, columns, uri)):
                 yield index, row, fault
@@ -241,7 +244,22 @@ def _rows_of(batch: pa.RecordBatch) -> Iterator[tuple[object, BadRow | None]]:
             yield row, None
 
 
+def _check_separator(uri: str, columns: Sequence[str]) -> None:
+    for mark, called in ((";", "semicolons"), ("\t", "tabs")):
+        if len(columns) == 1 and mark in columns[0]:
+            raise DataError(
+                f"{uri} has {called} between its columns, not commas: {columns[0][:200]!r}",
+                "save it with commas",
+            )
+
+
 def _check_columns(uri: str, names: Sequence[str]) -> None:
+    twice = [name for name in (*IMAGE_COLUMNS, *CAPTION_COLUMNS, *ID_COLUMNS) if names.count(name) > 1]
+    if twice:
+        raise DataError(
+            f"{uri} has several columns called {', '.join(twice)}",
+            "give each caption of an image a row of its own, or one column with lists (Parquet, JSON Lines)",
+        )
     for what, columns in (("image", IMAGE_COLUMNS), ("caption", CAPTION_COLUMNS)):
         if not any(column in names for column in columns):
             raise DataError(

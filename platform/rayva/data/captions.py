@@ -38,12 +38,9 @@ class _Located:
     uri: str | None
     picture: str
     """The same in all rows of a picture: its path or URI, or the sha256 of its bytes."""
+    split_by: str
+    """The name, as of the images of LLaVA JSON: a folder that both use is split alike."""
     row: CaptionRow
-
-    @property
-    def split_by(self) -> str:
-        """The name, as of the images of LLaVA JSON: a folder that both use is split alike."""
-        return self.row.image.removeprefix("./") if self.row.image else self.picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +122,12 @@ def _why(rejects: Sequence[Rejected]) -> str:
 
 def _locate(name: str, row: CaptionRow, folder: ImageFolder) -> _Located:
     if row.content is not None:
-        return _Located(name, None, hashlib.sha256(row.content).hexdigest(), row)
+        digest = hashlib.sha256(row.content).hexdigest()
+        return _Located(name, None, digest, digest, row)
     assert row.image is not None  # a row has one of the two
     uri = folder.resolve(row.image)
     picture = posixpath.normpath(uri.removeprefix("file://")) if is_local(uri) else uri
-    return _Located(name, uri, picture, row)
+    return _Located(name, uri, picture, folder.plain(row.image), row)
 
 
 def _by_picture(rows: Iterator[_Located], test_fraction: float) -> dict[str, _Entry]:

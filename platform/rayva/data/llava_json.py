@@ -253,10 +253,11 @@ class LlavaFile:
         self, name: str, row: LlavaRow, folder: ImageFolder, match: Match | None, kind: str | None
     ) -> _Located:
         uris = tuple(folder.resolve(image) for image in row.images)
-        image_ids = tuple(self._image_id(image) for image in row.images)
+        names = [folder.plain(image) for image in row.images]
+        image_ids = tuple(self._image_id(name) for name in names)
         sample_id = f"{self.dataset}/{name}" if self.dataset else name
         sample = Sample(sample_id, image_ids, row.turns, dataset=self.dataset)
-        split: Split = "test" if self._is_held_out(row.images, uris) else "train"
+        split: Split = "test" if self._is_held_out(names, uris) else "train"
         return _Located(sample, uris, split, match, kind)
 
     def _is_held_out(self, images: Sequence[str], uris: Sequence[str]) -> bool:
@@ -264,10 +265,10 @@ class LlavaFile:
             return True
         if self.held_out is not None:
             return not self.held_out.image_uris.isdisjoint(uris)
-        return any(held_out(_normal(image), self.test_fraction) for image in images)
+        return any(held_out(image, self.test_fraction) for image in images)
 
     def _image_id(self, name: str) -> str:
-        return name if "://" in name or os.path.isabs(name) else self.image_prefix + _normal(name)
+        return name if "://" in name or os.path.isabs(name) else self.image_prefix + name
 
 
 def distinct(images: Iterable[ImageRecord]) -> Iterator[ImageRecord]:
@@ -277,10 +278,6 @@ def distinct(images: Iterable[ImageRecord]) -> Iterator[ImageRecord]:
         if image.image_id not in seen:
             seen.add(image.image_id)
             yield image
-
-
-def _normal(name: str) -> str:
-    return name.removeprefix("./")
 
 
 def _grading(said: object, row: LlavaRow) -> Match | None:

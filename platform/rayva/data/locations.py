@@ -147,10 +147,19 @@ class ImageFolder:
             raise BadRow("bad_image_field", f"{name!r} is no file name")
         if os.path.normpath(name).split(os.sep)[0] == os.pardir:
             raise BadRow("bad_image_field", f"{name!r} leads out of the image folder")
-        uri = join(self.root, name)
+        uri = join(self.root, self.plain(name))
         if is_local(uri) and not self._exists(uri.removeprefix("file://")):
             raise BadRow("missing_image", f"there is no file {uri}")
         return uri
+
+    def plain(self, name: str) -> str:
+        """One spelling of the image `name`: on a disk `./b/a.png`, `b//a.png` and `b/./a.png` are one file.
+
+        In an object store, the last two are keys of their own. Where `b/..` leads, only the disk knows.
+        """
+        if "://" in name or not is_local(self.root):
+            return name.removeprefix("./")
+        return str(PurePosixPath(name))
 
     def _exists(self, path: str) -> bool:
         folder, name = os.path.split(path)

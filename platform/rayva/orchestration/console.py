@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from rayva.errors import RayvaError, RecipeError
+from rayva.provenance import REPOSITORY
 from rayva.recipes.load import from_dict, merge, parse_override, to_dict
 from rayva.recipes.schema import Features, Recipe, Scaling, Serving
 
@@ -36,13 +38,27 @@ def guarded(action: Callable[[], int], interrupted: str) -> int:
 def command_again() -> str:
     """The command that started this process, as a line for a shell, but for what `--force` forgot.
 
-    A Ray job is submitted again; its interpreter is a node's own, not the one of whoever submits.
+    A Ray job is submitted again, from the checkout; its interpreter is a node's own, not the one of whoever
+    submits.
     """
-    arguments = [sys.argv[0], *_without_force(sys.argv[1:])]
+    arguments = _without_force(sys.argv[1:])
     if in_temporary_copy():
+        script = Path(sys.argv[0]).resolve()
+        inside = str(script.relative_to(REPOSITORY)) if script.is_relative_to(REPOSITORY) else sys.argv[0]
         name = Path(sys.executable).name
-        return f"ray job submit --working-dir . -- {shlex.join([name, *arguments])}"
-    return shlex.join([sys.executable, *arguments])
+        return f"ray job submit --working-dir . -- {shlex.join([name, inside, *arguments])}"
+    return shlex.join([sys.executable, sys.argv[0], *arguments])
+
+
+def program(name: str) -> str:
+    """What starts a program of this environment in a shell here: its name, or its path if PATH has it not.
+
+    `make demo` leaves PATH as it is. A job's node is not where its words are read: there, the name.
+    """
+    beside, found = Path(sys.executable).with_name(name), shutil.which(name)
+    if in_temporary_copy() or not beside.exists() or (found and os.path.samefile(found, beside)):
+        return name
+    return shlex.quote(str(beside))
 
 
 def in_temporary_copy() -> bool:
@@ -56,10 +72,12 @@ def _without_force(arguments: Sequence[str]) -> list[str]:
     kept: list[str] = []
     rest = iter(arguments)
     for argument in rest:
-        if argument == "--force":
-            next(rest, None)
-        elif not argument.startswith("--force="):
+        option, equals, _ = argument.partition("=")
+        # argparse takes shortened options too; no other one begins with --f.
+        if not (option.startswith("--f") and "--force".startswith(option)):
             kept.append(argument)
+        elif not equals:
+            next(rest, None)
     return kept
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -183,8 +184,9 @@ def _show(plan: Plan, summary: dict[str, Any]) -> None:
         _tell(f"images:     {summary['images']}")
     _tell(f"report:     {summary['report']}")
     if summary["samples"]:
+        config = shlex.quote(summary["train"])
         images = "" if summary["images"] else " data.pretrain_images=DIR data.finetune_images=DIR"
-        _tell(f"train on it: python pipelines/full.py --recipe NAME --config {summary['train']}{images}")
+        _tell(f"train on it: python pipelines/full.py --recipe NAME --config {config}{images}")
     if rejected := summary["statuses"].get("rejected"):
         tried = plan.settings.attempts
         _tell(

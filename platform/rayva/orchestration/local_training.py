@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 from transformers.utils.logging import disable_progress_bar
 
-from rayva.errors import RayvaError
+from rayva.errors import RayvaError, TrainingError
 from rayva.lock import JobLock
 from rayva.orchestration.entry import USER_ERROR, storage_root
 from rayva.orchestration.pipeline import Planned, described, make_plan
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         recipe = resolve(options.recipe, options.config, options.overrides)
         require_runnable(recipe)
         storage = Storage(storage_root(options.storage, recipe))
-        planned = _planned(recipe, storage, options.stage)
+        planned = _planned(recipe, storage, options)
         if planned.manifest is not None:
             say(f"{options.stage} is finished: {storage.uri(planned.folder.rel)}")
             return 0
@@ -81,15 +82,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _planned(recipe: Recipe, storage: Storage, stage: str) -> Planned:
+def _planned(recipe: Recipe, storage: Storage, options: argparse.Namespace) -> Planned:
     plan = {planned.step.name: planned for planned in make_plan(recipe, storage)}
+    stage: str = options.stage
     for name in plan[stage].step.needs:
         if plan[name].manifest is None:
             raise RayvaError(
                 f"The step {name}, which {stage} needs, is not finished ({plan[name].why}).",
-                f"run pipelines/full.py --recipe {recipe.name} --storage {storage.root} --until {name}",
+                f"finish it with: {_full_command(storage, options, name)}",
             )
     return plan[stage]
+
+
+def _full_command(storage: Storage, options: argparse.Namespace, until: str) -> str:
+    """The job with the very settings that this stage was given, up to the step `until`."""
+    config = [] if options.config is None else ["--config", options.config]
+    line = ["python", "pipelines/full.py", "--recipe", options.recipe, *config, "--storage", storage.root]
+    return shlex.join([*line, "--until", until, *options.overrides])
 
 
 def _run(recipe: Recipe, storage: Storage, planned: Planned, options: argparse.Namespace, rank: int) -> None:
@@ -122,7 +131,15 @@ def _run(recipe: Recipe, storage: Storage, planned: Planned, options: argparse.N
 def _device(wanted: str | None) -> torch.device:
     if (wanted or ("cuda" if torch.cuda.is_available() else "cpu")) == "cpu":
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    place, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if place >= gpus:
+        raise TrainingError(
+            f"Process {place + 1} on this machine has no GPU of its own: there are {gpus}.",
+            f"start no more than there are GPUs (torchrun --nproc-per-node {gpus}), or give --device cpu"
+            if gpus
+            else "give --device cpu",
+        )
+    device = torch.device("cuda", place)
     torch.cuda.set_device(device)
     return device
 

@@ -19,7 +19,7 @@ from rayva.evaluation.report import Page, render
 from rayva.orchestration.pipeline import StepContext
 from rayva.provenance import code_version
 from rayva.recipes.schema import STAGES
-from rayva.steps import StepFolder
+from rayva.steps import StepFolder, command_to_go_on
 from rayva.tracking.history import HISTORY, read_history
 from rayva.vision.decode import BadImage, decode_image
 from rayva.vision.source import read_image_bytes
@@ -153,11 +153,7 @@ def _write_gallery(
 
 
 def _commands(ctx: StepContext) -> list[tuple[str, str]]:
-    root = shlex.quote(ctx.storage.root)
     model = shlex.quote(ctx.storage.uri(ctx.inputs["finetune"].join("model")))
-    # The run's own settings: overrides, and a file that may be gone.
-    config = shlex.quote(ctx.storage.uri("recipe.json"))
-    again = f"python pipelines/full.py --config {config} --storage {root}"
     tracking = ctx.tracker.info()["tracking_uri"]
     server = str(tracking).startswith(("http://", "https://"))
     return [
@@ -166,7 +162,10 @@ def _commands(ctx: StepContext) -> list[tuple[str, str]]:
             "See curves, gallery and lineage in MLflow:",
             str(tracking) if server else f"mlflow ui --backend-store-uri {shlex.quote(str(tracking))}",
         ),
-        ("Train longer; only what depends on the change runs again:", f"{again} finetune.epochs=2"),
+        (
+            "Train longer; only what depends on the change runs again:",
+            command_to_go_on(ctx.storage, "finetune.epochs=2"),
+        ),
         (
             "Every answer as a table:",
             f"python -c \"import pandas; print(pandas.read_parquet('{ctx.storage.uri(ctx.folder.rel)}"

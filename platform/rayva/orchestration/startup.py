@@ -12,9 +12,9 @@ from typing import Any
 
 from rayva.data.locations import absolute, is_local, parent
 from rayva.errors import CapacityError, DataError, RayvaError, StorageError
-from rayva.progress import say
+from rayva.orchestration.console import command_again
 from rayva.provenance import REPOSITORY, SOURCE_ROOT, code_version, tree_id
-from rayva.recipes.schema import STAGES, Recipe, Scaling
+from rayva.recipes.schema import STAGES, Recipe
 from rayva.storage import Storage
 
 __all__ = ["check_capacity", "code_version", "start_ray", "stop_ray"]
@@ -112,7 +112,7 @@ def _runtime_env(storage: Storage | None) -> dict[str, Any]:
         if source.startswith(os.pardir):
             raise RayvaError(
                 f"This job's working_dir does not hold the code that it runs ({SOURCE_ROOT}).",
-                "submit from the checkout: ray job submit --working-dir . -- python pipelines/full.py",
+                f"submit from the checkout: {command_again()}",
             )
     else:
         source = SOURCE_ROOT.name
@@ -168,17 +168,6 @@ def check_capacity(recipe: Recipe) -> None:
         )
     if not limits:
         _check_placement(recipe, nodes)
-    if shares_gpus(scaling):
-        say(
-            f"warning: scaling.gpus_per_worker={scaling.gpus_per_worker:g} lets Ray put several of the "
-            f"{scaling.max_workers} training workers on one GPU, which NCCL refuses; with one GPU, set "
-            "scaling.workers=1, else scaling.gpus_per_worker=1."
-        )
-
-
-def shares_gpus(scaling: Scaling) -> bool:
-    """Whether two training workers may come to one GPU."""
-    return scaling.max_workers > 1 and 0 < scaling.gpus_per_worker <= 0.5
 
 
 def _check_group(

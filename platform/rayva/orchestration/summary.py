@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from rayva.errors import StorageError
+from rayva.orchestration.console import program
 from rayva.progress import duration
 from rayva.recipes import Recipe
 from rayva.recipes.schema import STAGES
 from rayva.steps import SUMMARY, StepFolder, read_summary
 from rayva.storage import Storage
 from rayva.tracking.address import tracking_uri
+from rayva.tracking.mlflow_tracker import with_run_id
 
 _GROUNDING = ("accuracy", "accuracy_shuffled_images", "accuracy_no_image", "questions")
 
@@ -93,8 +95,9 @@ def build_summary(
     return summary
 
 
-def _where_now(tracked: dict[str, Any], recipe: Recipe, storage: Storage) -> dict[str, Any]:
-    """A run's own SQLite store moves with the run."""
+def _where_now(info: dict[str, Any], recipe: Recipe, storage: Storage) -> dict[str, Any]:
+    """Where the job is in MLflow. A run's own SQLite store moves with the run."""
+    tracked = with_run_id(info, storage)
     kept = str(tracked["tracking_uri"])
     own = storage.is_local and recipe.tracking.uri is None and kept.endswith("/mlflow.db")
     if own and kept.startswith("sqlite:"):
@@ -195,13 +198,13 @@ def _next(summary: Mapping[str, Any], storage: Storage) -> list[str]:
         if uri.startswith(("http://", "https://")):
             lines.append(f"  {uri} (experiment {summary['mlflow']['experiment']})")
         else:
-            lines.append(f"  mlflow ui --backend-store-uri {shlex.quote(uri)}")
+            lines.append(f"  {program('mlflow')} ui --backend-store-uri {shlex.quote(uri)}")
     if summary["export"]:
         lines += ["", f"Hugging Face LLaVA folder: {summary['export']}"]
     if summary["assistant"]:
         lines += [
             "Chat with the model:",
-            f"  rayva chat {shlex.quote(summary['assistant'])} --image PICTURE",
+            f"  {program('rayva')} chat {shlex.quote(summary['assistant'])} --image PICTURE",
         ]
     lines.append(f"All of this for programs: {storage.uri(SUMMARY)}")
     return lines

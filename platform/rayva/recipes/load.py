@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from rayva import remote
 from rayva.errors import RecipeError
 from rayva.recipes import yaml12
-from rayva.recipes.schema import STAGES, Data, Dataset, Recipe, Stage
+from rayva.recipes.schema import STAGES, Data, Dataset, Recipe, Scaling, Stage
 from rayva.redaction import holds_secret, redact
 
 _NULLS = ("", "~", "null", "Null", "NULL")
@@ -45,6 +45,7 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 def from_dict(settings: Mapping[str, Any]) -> Recipe:
     """Validates JSON data as a recipe; all faults are told at once."""
     _refuse_unknown(settings)
+    _refuse_broken_text(settings)
     try:
         # JSON mode: strict about types, but a list will do for a tuple.
         return Recipe.model_validate_json(json.dumps(settings), strict=True)
@@ -78,7 +79,7 @@ def read_config(path: str) -> dict[str, Any]:
         raise
     try:
         # As YAML, JSON's two escapes for one character beyond U+FFFF would stay two halves.
-        settings = json.loads(text) if path.endswith(".json") else yaml12.load(text)
+        settings = _json(text) if path.endswith(".json") else yaml12.load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         kind = "JSON" if path.endswith(".json") else "YAML"
         raise RecipeError(f"The configuration file {path} is not valid {kind}: {error}") from error
@@ -88,6 +89,19 @@ def read_config(path: str) -> dict[str, Any]:
         raise RecipeError(f"The configuration file {path} holds {_kind(settings)}, not settings by name.")
     _refuse_unknown(settings)
     return settings
+
+
+def _json(text: str) -> Any:
+    """JSON data in which, as in our YAML, no key is given twice."""
+
+    def section(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+        return made
+
+    return json.loads(text, object_pairs_hook=section)
 
 
 def parse_override(text: str) -> dict[str, Any]:
@@ -135,12 +149,7 @@ def require_runnable(recipe: Recipe) -> None:
         "captions": ("captions",),
     }[data.source]
     _check_mix(data)
-    if not recipe.scaling.cpus_per_worker and not recipe.scaling.gpus_per_worker:
-        raise RecipeError(
-            "A training worker would take neither CPUs nor GPUs: scaling.cpus_per_worker and "
-            "scaling.gpus_per_worker are 0.",
-            "set one of them, for example scaling.cpus_per_worker=1",
-        )
+    _check_scaling(recipe.scaling)
     mixed = [f"{stage}_json" for stage in STAGES if getattr(data, f"{stage}_mix")]
     missing = [f"data.{field}" for field in needed if field not in mixed and not getattr(data, field)]
     if missing:
@@ -247,6 +256,12 @@ def _takes_text(field: FieldInfo) -> bool:
 
 def _keys(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in settings.items():
+        if "." in key and prefix + key in _fields():
+            section, _, name = key.rpartition(".")
+            raise RecipeError(
+                f"{prefix}{key} stands in one line, as on the command line; in a file, it has a section.",
+                f"write `{prefix}{section}:`, and below it, indented, `{name}: ...`",
+            )
         yield f"{prefix}{key}"
         if isinstance(value, Mapping):
             yield from _keys(value, f"{prefix}{key}.")
@@ -261,12 +276,25 @@ def _refuse_unknown(settings: Mapping[str, Any]) -> None:
             raise _unknown(key)
 
 
+def _refuse_broken_text(settings: Mapping[str, Any]) -> None:
+    """Half characters: bytes of a command line that are not UTF-8, or an escape that was cut in two."""
+    for key, value in _texts(settings):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise RecipeError(
+                f"{key}: the text {value[:200]!r} is not valid Unicode, at character {error.start + 1}.",
+                "write it in UTF-8 (a file whose name is not: rename it)",
+            ) from error
+
+
 def _unknown(key: str) -> RecipeError:
     def likeness(candidate: str) -> float:
         if candidate.endswith(".lr") and "learning" in key:
             candidate = candidate.removesuffix("lr") + "learning_rate"
-        whole = difflib.SequenceMatcher(None, key, candidate).ratio()
-        last = difflib.SequenceMatcher(None, key.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
+        plain = key.lower()
+        whole = difflib.SequenceMatcher(None, plain, candidate).ratio()
+        last = difflib.SequenceMatcher(None, plain.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
         return whole + last
 
     nearest = max(_fields(), key=likeness)
@@ -319,6 +347,22 @@ def _explain(fault: Any) -> str:
     else:
         expected = _EXPECTED.get(fault["type"], fault["msg"])
     return f"{key}: expected {expected}, got {_kind(given)}: {given!r}."
+
+
+def _check_scaling(scaling: Scaling) -> None:
+    if not scaling.cpus_per_worker and not scaling.gpus_per_worker:
+        raise RecipeError(
+            "A training worker would take neither CPUs nor GPUs: scaling.cpus_per_worker and "
+            "scaling.gpus_per_worker are 0.",
+            "set one of them, for example scaling.cpus_per_worker=1",
+        )
+    # Of more than half a GPU, Ray puts one on each.
+    if scaling.max_workers > 1 and 0 < scaling.gpus_per_worker <= 0.5:
+        raise RecipeError(
+            f"scaling.gpus_per_worker={scaling.gpus_per_worker:g} lets Ray put several of the "
+            f"{scaling.max_workers} training workers on one GPU, where NCCL refuses to connect them.",
+            "set scaling.gpus_per_worker=1, or scaling.workers=1 where there is one GPU",
+        )
 
 
 def _check_stage(name: str, stage: Stage) -> None:

@@ -42,6 +42,8 @@ def _whole_above_one(gpus: float) -> float:
 
 Gpus = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)]
 """What Ray gives one process: a share of one GPU, or whole ones."""
+TorchSeed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+"""A larger one would fail in torch, after the steps before it."""
 
 
 class Config(BaseModel):
@@ -79,7 +81,7 @@ class Language(Config):
 class Weights(Config):
     """How long the built-in models of `tiny` are trained before they take the place of CLIP and Vicuna."""
 
-    seed: int = 0
+    seed: TorchSeed = 0
     clip_steps: int = Field(default=220, ge=1)
     clip_batch_size: int = Field(default=256, ge=8)
     clip_lr: float = Field(default=1e-3, gt=0)
@@ -275,7 +277,7 @@ class Stage(Config):
     gradient_checkpointing: bool = False
     compile: bool = False
     """torch.compile for the language model: half a minute at the start; it pays on some devices."""
-    seed: int = 0
+    seed: TorchSeed = 0
     checkpoint_every: int = Field(default=200, ge=1)
     """Optimizer steps between checkpoints."""
     checkpoint_minutes: float | None = Field(default=None, gt=0)

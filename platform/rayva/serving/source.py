@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rayva.errors import ServingError
 from rayva.redaction import MASK
-from rayva.steps import SUMMARY, read_summary
+from rayva.steps import SUMMARY, command_to_go_on, read_summary
 from rayva.storage import Storage
 from rayva.tracking.address import own_store
 from rayva.tracking.registry import registered_folder
@@ -66,7 +66,8 @@ def _of_run(storage: Storage, tracking_uri: str | None) -> ModelSource:
     model, tracking = summary.get("model"), summary.get("mlflow")
     if not model or not tracking:
         raise ServingError(
-            f"the run in {storage.root} has not registered a model yet", "finish it with pipelines/full.py"
+            f"the run in {storage.root} has not registered a model yet",
+            f"finish it with: {command_to_go_on(storage)}",
         )
     kept = own_store(storage) or str(tracking["tracking_uri"])
     uri = tracking_uri or (None if MASK in kept else kept) or os.environ.get(_TRACKING_URI)
@@ -95,9 +96,16 @@ def _registered(reference: str, tracking_uri: str | None, run: Storage | None = 
     if not storage.exists(MODEL_FILE):
         raise ServingError(
             f"{reference} was registered from {place}, where there is no {MODEL_FILE} any more",
-            "restore the folder, or register the model again (pipelines/full.py --force register)",
+            f"restore the folder, or register the model again: {_register_again(run)}",
         )
     return ModelSource(storage.root, found["name"])
+
+
+def _register_again(run: Storage | None) -> str:
+    """The command that does; of a model that is known by its name alone, the run is not."""
+    if run is not None:
+        return command_to_go_on(run, "--force", "register")
+    return "python pipelines/full.py --config RUN/recipe.json --storage RUN --force register"
 
 
 def _moved(place: str, run: Storage) -> str | None:

@@ -195,8 +195,16 @@ class JobTracker:
         return known
 
     def info(self) -> dict[str, str | None]:
-        """What a person needs to find the job in MLflow; free of secrets."""
-        return {"tracking_uri": self.uri, "experiment": self.experiment, "run_id": self.run_id}
+        """What a person needs to find the job in MLflow; free of secrets.
+
+        `job` is the run's own key, by which `with_run_id` finds an id that is not known yet.
+        """
+        return {
+            "tracking_uri": self.uri,
+            "experiment": self.experiment,
+            "run_id": self.run_id,
+            "job": self.job.key,
+        }
 
     def params(self, values: Mapping[str, Any]) -> None:
         self._run.params(values)
@@ -248,6 +256,14 @@ class JobTracker:
             return
         self.job.end(status)
         self._outbox.close(_CLOSE_SECONDS)
+
+
+def with_run_id(info: Mapping[str, Any], storage: Storage) -> dict[str, Any]:
+    """What `JobTracker.info` gave, less the key, and with the run's id if the server has the run by now."""
+    told = {name: value for name, value in info.items() if name != "job"}
+    if told["run_id"] is None and "job" in info:
+        told["run_id"] = read_state(storage)["runs"].get(info["job"])
+    return told
 
 
 def send_kept(recipe: Recipe, storage: Storage) -> None:
