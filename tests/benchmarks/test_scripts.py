@@ -95,6 +95,7 @@ def test_the_plan_needs_no_memory_that_grows(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_training_goes_on_after_the_kill(tmp_path: Path) -> None:
     figures, _ = _run("resume", tmp_path, *TINY, "--stages", "finetune")
     runs = figures["finetune"]
@@ -105,6 +106,7 @@ def test_training_goes_on_after_the_kill(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_stored_and_inline_features_train_alike(tmp_path: Path) -> None:
     figures, _ = _run("vision_modes", tmp_path, *TINY, "--stages", "pretrain")
     sides = figures["stages"]["pretrain"]
@@ -114,6 +116,7 @@ def test_stored_and_inline_features_train_alike(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_two_workers_do_the_work_of_one(tmp_path: Path) -> None:
     figures, _ = _run("scaling", tmp_path, *TINY, "--stages", "finetune")
     one, two = figures["finetune"]
@@ -122,6 +125,7 @@ def test_two_workers_do_the_work_of_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_waiting_is_measured_on_disk_and_on_s3(tmp_path: Path) -> None:
     pytest.importorskip("moto")
     pytest.importorskip("s3fs")
