@@ -25,6 +25,7 @@ MOMENTS = [
     (r"\[6/8\] evaluate: ", 4.0),
 ]
 """A line of the job's output, and how many seconds after it the job is killed."""
+FEW = [MOMENTS[0], MOMENTS[3], MOMENTS[4]]
 
 
 def _start(storage: Path) -> subprocess.Popen[str]:
@@ -72,11 +73,16 @@ def _figures(storage: Path) -> tuple[Any, ...]:
     return summary["grounding"], manifests["evaluate"]["outputs"]["by_kind"], losses, digests
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_figures(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "moments", [pytest.param(FEW, id="few"), pytest.param(MOMENTS, id="all", marks=pytest.mark.thorough)]
+)
+def test_killed_at_any_moment_it_ends_with_the_same_figures(
+    moments: list[tuple[str, float]], tmp_path: Path
+) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     _run(whole)
     finished: dict[str, Any] = {}
-    for line, seconds in MOMENTS:
+    for line, seconds in moments:
         _killed_at(broken, line, seconds)
         now = _manifests(broken)
         assert finished.items() <= now.items(), "a finished step was run again"
