@@ -54,7 +54,7 @@ format: $(STAMP) ## rewrite the sources as `make lint` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## the figures of docs/benchmarks.md, one script after the other (about an hour)
+bench: $(STAMP) ## the figures of docs/benchmarks.md, one script after the other (one to two hours)
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/loss_memory.py
 	$(BIN)/python benchmarks/throughput.py
