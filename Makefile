@@ -37,7 +37,7 @@ test: $(STAMP) ## the tests
 	$(PYTEST) $(TWICE) -m "not ray and not thorough"
 	$(PYTEST) -m "ray and not thorough"
 
-test-all: $(STAMP) ## and those that take long or repeat a proof for every setting (ten minutes more)
+test-all: $(STAMP) ## and those that take long or repeat a proof for every setting
 	$(PYTEST) $(TWICE) -m "not ray"
 	$(PYTEST) -m ray
 
@@ -54,7 +54,7 @@ format: $(STAMP) ## rewrite the sources as `make lint` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## the figures of docs/benchmarks.md, one script after the other (one to two hours)
+bench: $(STAMP) ## the figures of docs/benchmarks.md, one script after the other
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/loss_memory.py
 	$(BIN)/python benchmarks/throughput.py
