@@ -64,8 +64,34 @@ def test_every_script_tells_its_own_command(tmp_path: Path, name: str) -> None:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, errors
     assert shlex.split(errors.strip().splitlines()[-1]) == command
+
+
+WHILE_RAY_IS_IMPORTED = """
+import signal, sys
+from rayva.orchestration import entry
+from tests.core import job
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "ray.client_builder":
+            signal.raise_signal(signal.SIGINT)
+
+def start(recipe, storage):
+    sys.meta_path.insert(0, Finder())
+    import ray
+
+raise SystemExit(entry.main(steps=job.STEPS, start=start, open_tracker=job.Tracker, argv=sys.argv[1:]))
+"""
+
+
+def test_a_job_stopped_while_ray_is_imported_says_no_more_than_others(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WHILE_RAY_IS_IMPORTED, "--storage", str(tmp_path)]
+    done = subprocess.run(command, env=FAST, capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert len(done.stderr.strip().splitlines()) == 2, done.stderr
+    assert done.stderr.startswith("\nStopped.")
 
 
 def test_a_killed_job_goes_on_without_repeating_finished_work(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import shutil
@@ -10,9 +11,9 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 
 from rayva.errors import RayvaError, RecipeError
+from rayva.interruption import Interruptions
 from rayva.provenance import REPOSITORY
 from rayva.recipes.load import from_dict, merge, parse_override, to_dict
 from rayva.recipes.schema import Features, Recipe, Scaling, Serving
@@ -20,19 +21,34 @@ from rayva.recipes.schema import Features, Recipe, Scaling, Serving
 INTERRUPTED = 130
 USER_ERROR = 2
 
+log = logging.getLogger(__name__)
+
 
 def guarded(action: Callable[[], int], interrupted: str) -> int:
-    """Runs `action`; errors to mend become one paragraph and exit code 2, Ctrl-C the text `interrupted`."""
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        return action()
-    except RayvaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    except (KeyboardInterrupt, SystemExit):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        print(f"\n{interrupted}", file=sys.stderr, flush=True)
-        return INTERRUPTED
+    """Runs `action`; errors to mend become one paragraph and exit code 2, Ctrl-C the text `interrupted`.
+
+    After Ctrl-C further ones are ignored: what is left to do is to clean up.
+    """
+    with Interruptions() as interruptions:
+        try:
+            return action()
+        except RayvaError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return USER_ERROR
+        except (KeyboardInterrupt, SystemExit):
+            # Ray's own handler of SIGTERM raises SystemExit.
+            return _stopped(interrupted)
+        except Exception as error:
+            if not interruptions.received:
+                raise
+            log.debug("after an interruption: %r", error, exc_info=True)
+            return _stopped(interrupted)
+
+
+def _stopped(interrupted: str) -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    print(f"\n{interrupted}", file=sys.stderr, flush=True)
+    return INTERRUPTED
 
 
 def command_again() -> str:
@@ -104,7 +120,3 @@ def serving_recipe(serving: Serving) -> Recipe:
         scaling=Scaling(cpus_per_worker=0.0),
         features=Features(encoder_cpus=0.0, decoder_cpus=0.01),
     )
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

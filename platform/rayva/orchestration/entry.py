@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import logging
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rayva.errors import RayvaError
-from rayva.orchestration.console import command_again, in_temporary_copy
+from rayva.orchestration.console import command_again, guarded, in_temporary_copy
 from rayva.orchestration.pipeline import STEPS, Planned, Step, make_plan, run_job, select, with_dependents
 from rayva.orchestration.summary import summary_text
 from rayva.progress import duration
 from rayva.provenance import REPOSITORY
 from rayva.recipes import Recipe, require_runnable, resolve
 from rayva.storage import Storage
-
-INTERRUPTED = 130
-USER_ERROR = 2
 
 _EPILOG = """\
 Finished steps are skipped and an interrupted one goes on where it stopped, so that the same command, given
@@ -53,18 +49,9 @@ def main(
     arguments = sys.argv[1:] if argv is None else list(argv)
     options = _parser(only, steps).parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    signal.signal(signal.SIGTERM, _interrupt)
+    stopped = f"Stopped. Finished steps are kept; go on with:\n  {command_again()}"
     try:
-        return _run(options, only, steps, job)
-    except RayvaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    except (KeyboardInterrupt, SystemExit):
-        # Ray's own handler of SIGTERM raises SystemExit.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        told = f"Stopped. Finished steps are kept; go on with:\n  {command_again()}"
-        print(f"\n{told}", file=sys.stderr, flush=True)
-        return INTERRUPTED
+        return guarded(lambda: _run(options, only, steps, job), stopped)
     finally:
         _leave_ray()
 
@@ -146,13 +133,12 @@ def storage_root(given: str | None, recipe: Recipe) -> str:
     return given
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def _leave_ray() -> None:
     """Ends a cluster that was started here. Ray is not imported for that if nothing has needed it."""
     if "ray" in sys.modules:
         from rayva.orchestration.startup import stop_ray
 
         stop_ray()
+    elif (worker := sys.modules.get("ray._private.worker")) is not None:
+        # Interrupted while it was imported: it has nothing to end, and would trip over what is missing.
+        atexit.unregister(worker.shutdown)

@@ -23,7 +23,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from rayva.errors import RayvaError, TrainingError
 from rayva.lock import JobLock
-from rayva.orchestration.entry import USER_ERROR, storage_root
+from rayva.orchestration.console import USER_ERROR
+from rayva.orchestration.entry import storage_root
 from rayva.orchestration.pipeline import Planned, described, make_plan
 from rayva.progress import Progress, say
 from rayva.recipes import Recipe, require_runnable, resolve
