@@ -87,9 +87,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         f"--ray-client-server-port={client}", "--node-ip-address=127.0.0.1", "--include-dashboard=true",
         f"--dashboard-agent-listen-port={agents[0]}",
     ]  # fmt: skip
-    # Both have one address, as on a machine without a network.
+    # Both have one address, as on a machine without a network, but each has a folder of its own for what it
+    # fetches: a node that fetches a package first removes the folder of that name.
     worker = [
-        *common, f"--address=127.0.0.1:{gcs}", "--node-ip-address=127.0.0.1",
+        *common, f"--address=127.0.0.1:{gcs}", "--node-ip-address=127.0.0.1", f"--temp-dir={home / '2'}",
         f"--dashboard-agent-listen-port={agents[1]}",
     ]  # fmt: skip
     if os.geteuid() == 0:
