@@ -57,7 +57,7 @@ format: $(STAMP) ## rewrite the sources as `make lint` wants them
 bench: $(STAMP) ## the figures of docs/benchmarks.md, one script after the other
 	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/loss_memory.py
-	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python benchmarks/throughput.py --compile
 	$(BIN)/python benchmarks/vision_modes.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/wait.py

@@ -5,7 +5,8 @@ in every step, logits of all positions; once in random order and once grouped by
 own training loop with features encoded beforehand, packed rows and the DeepSpeed engine; encoding is timed
 too, and a first epoch that has to encode is reported. All sides have the same weights, data, global batch,
 micro-batch, optimizer and precision; Rayva and the random order take the very same samples in the same
-steps, and their losses are compared. Measurements run one after the other, each in its own process.
+steps, and their losses are compared. With --compile, Rayva's training is measured once more with its setting
+`compile`. Measurements run one after the other, each in its own process.
 
     python benchmarks/throughput.py                       # SmolLM2-135M's shape, CLIP ViT-L/14 at 224 px
     python benchmarks/throughput.py --language tiny --tower tiny --text-scale 0.2 --precision float32
@@ -70,7 +71,7 @@ def _measure(options: argparse.Namespace, setting: Setting) -> dict[str, Any]:
 def _measure_stage(
     options: argparse.Namespace, setting: Setting, name: StageName, common: dict[str, Any], encoding: Any
 ) -> dict[str, Any]:
-    stage = synthetic.stage_changes(options)
+    stage = synthetic.stage_changes(options) | {"compile": False}
     lengths = rayva_side.sample_lengths(setting, name, f"{name}-plan")
     plan = rayva_side.make_plan(len(lengths), rayva_side.stage_settings(name, **stage), name)
     planned = [index for step in range(plan.steps_total) for index in plan.global_batch(step)]
@@ -78,17 +79,17 @@ def _measure_stage(
     grouped = _grouped_order(pool, options)
     work = common | {"name": name, "stage": stage, "warm_up": options.warm_up}
     hf = work | {"kind": "hf", "workers": options.loader_workers}
+    rayva = work | {"kind": "rayva", "table": f"{name}-plan", "store": encoding["store"]}
     sides = {
         "random": support.run_child(__file__, hf | {"table": f"{name}-plan", "order": planned}),
         "grouped": support.run_child(__file__, hf | {"table": f"{name}-pool", "order": grouped}),
-        "rayva": support.run_child(
-            __file__, work | {"kind": "rayva", "table": f"{name}-plan", "store": encoding["store"]}
-        ),
+        "rayva": support.run_child(__file__, rayva),
     }
+    if options.compile:
+        sides["compiled"] = support.run_child(__file__, rayva | {"stage": stage | {"compile": True}})
     first = options.warm_up * options.batch_size
-    for side, (table, order) in {
-        "random": (lengths, planned), "grouped": (pool, grouped), "rayva": (lengths, planned),
-    }.items():  # fmt: skip
+    for side in sides:
+        table, order = (pool, grouped) if side == "grouped" else (lengths, planned)
         taken = [table[index] for index in order[first:]]
         sides[side] |= {
             "samples_per_second": len(taken) / sides[side]["seconds"],
@@ -99,12 +100,13 @@ def _measure_stage(
         sides[side]["padding"] = _padding([table[i] for i in order[first:]], options.micro_batch_size)
     rate = sides["rayva"]["samples_per_second"]
     sides["rayva"]["with_encoding"] = 1 / (1 / rate + 1 / encoding["images_per_second"])
-    pairs = zip(sides["random"]["losses"], sides["rayva"]["losses"], strict=True)
-    return {
-        "lengths": describe_lengths(lengths),
-        "sides": sides,
-        "loss_difference": max(abs(ours - theirs) / abs(theirs) for theirs, ours in pairs),
-    }
+    differences = [
+        abs(ours - theirs) / abs(theirs)
+        for side in ("rayva", "compiled")
+        if side in sides
+        for theirs, ours in zip(sides["random"]["losses"], sides[side]["losses"], strict=True)
+    ]
+    return {"lengths": describe_lengths(lengths), "sides": sides, "loss_difference": max(differences)}
 
 
 def _grouped_order(lengths: Sequence[int], options: argparse.Namespace) -> list[int]:
@@ -176,6 +178,7 @@ _SIDES = {
     "random": "Hugging Face, random order",
     "grouped": "Hugging Face, grouped by length",
     "rayva": "Rayva, features stored",
+    "compiled": "the same, compiled",
 }
 
 
@@ -190,7 +193,7 @@ def _body(_: argparse.Namespace, figures: dict[str, Any]) -> str:
 
 def _stage_body(title: str, stage: dict[str, Any]) -> str:
     sides = stage["sides"]
-    random, grouped, rate = (sides[side]["samples_per_second"] for side in _SIDES)
+    random, grouped, rate = (sides[side]["samples_per_second"] for side in ("random", "grouped", "rayva"))
     best, encoded = max(random, grouped), sides["rayva"]["with_encoding"]
     rows = [
         [
@@ -202,9 +205,10 @@ def _stage_body(title: str, stage: dict[str, Any]) -> str:
             f"{sides[side]['peak_bytes'] / support.MIB:,.0f}",
         ]
         for side, label in _SIDES.items()
+        if side in sides
     ]
     header = ["", "samples/s", "CPU seconds a sample", "tokens a sample", "padding", "peak memory, MiB"]
-    cpu = [sides[side]["cpu_seconds_per_sample"] for side in _SIDES]
+    cpu = [sides[side]["cpu_seconds_per_sample"] for side in ("random", "grouped", "rayva")]
     facts = [
         f"**{rate / best:.2f} x** the better of the two, **{rate / random:.2f} x** the random order.",
         f"One epoch that has to encode first: {encoded:.3f} samples/s, {encoded / best:.2f} x and",
@@ -213,6 +217,9 @@ def _stage_body(title: str, stage: dict[str, Any]) -> str:
         f"In CPU seconds: {min(cpu[:2]) / cpu[2]:.2f} x and {cpu[0] / cpu[2]:.2f} x.",
         f"Rayva waited for data {sides['rayva']['wait_share']:.1%} of the time.",
     ]
+    if "compiled" in sides:
+        fast = sides["compiled"]["samples_per_second"]
+        facts.append(f"Compiled: **{fast / best:.2f} x** and **{fast / random:.2f} x**.")
     return f"""### {title}
 
 Lengths: {stage["lengths"]}. Precision: {sides["rayva"]["precision"]}.

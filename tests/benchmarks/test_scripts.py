@@ -58,12 +58,14 @@ def test_make_bench_runs_every_script() -> None:
 
 
 @pytest.mark.slow
-def test_throughput_compares_the_same_training(tmp_path: Path) -> None:
-    figures, text = _run("throughput", tmp_path, *TINY, "--stages", "finetune")
+@pytest.mark.parametrize("more", [[], pytest.param(["--compile"], marks=pytest.mark.thorough)])
+def test_throughput_compares_the_same_training(tmp_path: Path, more: list[str]) -> None:
+    figures, text = _run("throughput", tmp_path, *TINY, "--stages", "finetune", *more)
     stage = figures["stages"]["finetune"]
     assert stage["loss_difference"] < 1e-3
     assert len(stage["sides"]["rayva"]["losses"]) == len(stage["sides"]["random"]["losses"]) == 3
     assert len(set(stage["sides"]["rayva"]["losses"])) == 3
+    assert list(stage["sides"]) == ["random", "grouped", "rayva", *(["compiled"] if more else [])]
     for side in stage["sides"].values():
         assert side["samples_per_second"] > 0
         assert side["cpu_seconds"] > 0
@@ -72,6 +74,7 @@ def test_throughput_compares_the_same_training(tmp_path: Path) -> None:
     assert rayva["with_encoding"] < rayva["samples_per_second"]
     assert stage["sides"]["grouped"]["padding"] < stage["sides"]["random"]["padding"]
     assert "One epoch that has to encode first" in text
+    assert ("| the same, compiled |" in text) == bool(more)
 
 
 @pytest.mark.slow
