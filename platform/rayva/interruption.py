@@ -57,7 +57,8 @@ class Interruptions:
         raise KeyboardInterrupt
 
     def _unraisable(self, lost: sys.UnraisableHookArgs) -> None:
-        if not issubclass(lost.exc_type, KeyboardInterrupt):
+        by_signal = threading.current_thread() is threading.main_thread()  # Python calls handlers in no other
+        if not by_signal or not issubclass(lost.exc_type, KeyboardInterrupt):
             self._report(lost)
             return
         # By a signal, since what is raised in this hook would be lost as well; SIGINT's handler may by now
