@@ -193,7 +193,8 @@ def _body(_: argparse.Namespace, figures: dict[str, Any]) -> str:
 
 def _stage_body(title: str, stage: dict[str, Any]) -> str:
     sides = stage["sides"]
-    random, grouped, rate = (sides[side]["samples_per_second"] for side in ("random", "grouped", "rayva"))
+    compared = [sides[side] for side in ("random", "grouped", "rayva")]
+    random, grouped, rate = (side["samples_per_second"] for side in compared)
     best, encoded = max(random, grouped), sides["rayva"]["with_encoding"]
     rows = [
         [
@@ -208,7 +209,7 @@ def _stage_body(title: str, stage: dict[str, Any]) -> str:
         if side in sides
     ]
     header = ["", "samples/s", "CPU seconds a sample", "tokens a sample", "padding", "peak memory, MiB"]
-    cpu = [sides[side]["cpu_seconds_per_sample"] for side in ("random", "grouped", "rayva")]
+    cpu = [side["cpu_seconds_per_sample"] for side in compared]
     facts = [
         f"**{rate / best:.2f} x** the better of the two, **{rate / random:.2f} x** the random order.",
         f"One epoch that has to encode first: {encoded:.3f} samples/s, {encoded / best:.2f} x and",

@@ -30,24 +30,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     module.add_arguments(parser)
     # Settings may stand before and after options; argparse cannot have that beside subcommands.
     parse = parser.parse_args if getattr(module, "SUBCOMMANDS", False) else parser.parse_intermixed_args
-    with Interruptions() as interruptions:
-        try:
+    try:
+        with Interruptions():
             code = int(module.run(parse(arguments[1:])))
             sys.stdout.flush()
-            return code
-        except BrokenPipeError:
-            # The reader (head, less) has seen enough; what Python still holds back is written nowhere.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        except RayvaError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return USER_ERROR
-        except KeyboardInterrupt:
-            return INTERRUPTED
-        except Exception:
-            if not interruptions.received:
-                raise
-            return INTERRUPTED
+        return code
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough; what Python still holds back is written nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except RayvaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def _overview(arguments: Sequence[str]) -> int:

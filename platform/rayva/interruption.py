@@ -8,12 +8,16 @@ exception of that code.
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import threading
-from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
+
+from rayva.errors import RayvaError
+
+log = logging.getLogger(__name__)
 
 AGAIN_SECONDS = 0.05
 """From a lost interruption to its repetition: enough to be out of the callback that lost it."""
@@ -22,23 +26,22 @@ AGAIN_SECONDS = 0.05
 class Interruptions:
     """Context manager: while it is active, SIGINT and SIGTERM raise KeyboardInterrupt in the main thread.
 
-    An interruption that the interpreter throws away is raised again. In another thread than the main one,
-    which Python gives no signals, nothing is changed.
+    An interruption that the interpreter throws away is raised again, and one that arrives as the exception of
+    a library leaves as KeyboardInterrupt; a `RayvaError` stays what it is, since it has something to tell. In
+    another thread than the main one, which Python gives no signals, nothing is changed.
     """
 
     def __init__(self) -> None:
         self.received = False
         """Whether there was one: an exception after it may be what became of it."""
-        self._main = threading.current_thread() is threading.main_thread()
         self._before: dict[signal.Signals, Any] = {}
-        self._report: Callable[[sys.UnraisableHookArgs], Any] = sys.unraisablehook
+        self._report = sys.unraisablehook
 
     def __enter__(self) -> Interruptions:
-        if self._main:
+        if threading.current_thread() is threading.main_thread():
             self._before = {
                 number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)
             }
-            self._report = sys.unraisablehook
             sys.unraisablehook = self._unraisable
         return self
 
@@ -46,11 +49,14 @@ class Interruptions:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            # What Ray or a caller has put in place since is theirs to keep, and so is an ignored signal.
+            # What Ray or a caller has put in place since is theirs to keep.
             if signal.getsignal(number) == self._interrupt:
                 signal.signal(number, handler)
         if sys.unraisablehook == self._unraisable:
             sys.unraisablehook = self._report
+        if self.received and isinstance(error, Exception) and not isinstance(error, RayvaError):
+            log.debug("after an interruption", exc_info=error)
+            raise KeyboardInterrupt from error
 
     def _interrupt(self, signum: int, frame: FrameType | None) -> None:
         self.received = True

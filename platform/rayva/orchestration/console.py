@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
 import json
-import logging
 import os
 import shlex
 import shutil
@@ -21,34 +21,36 @@ from rayva.recipes.schema import Features, Recipe, Scaling, Serving
 INTERRUPTED = 130
 USER_ERROR = 2
 
-log = logging.getLogger(__name__)
-
 
 def guarded(action: Callable[[], int], interrupted: str) -> int:
     """Runs `action`; errors to mend become one paragraph and exit code 2, Ctrl-C the text `interrupted`.
 
-    After Ctrl-C further ones are ignored: what is left to do is to clean up.
+    After Ctrl-C further ones are ignored: what is left to do is to clean up. At last Ray is left.
     """
-    with Interruptions() as interruptions:
-        try:
+    try:
+        with Interruptions():
             return action()
-        except RayvaError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return USER_ERROR
-        except (KeyboardInterrupt, SystemExit):
-            # Ray's own handler of SIGTERM raises SystemExit.
-            return _stopped(interrupted)
-        except Exception as error:
-            if not interruptions.received:
-                raise
-            log.debug("after an interruption: %r", error, exc_info=True)
-            return _stopped(interrupted)
+    except RayvaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except (KeyboardInterrupt, SystemExit):
+        # Ray's own handler of SIGTERM raises SystemExit.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        print(f"\n{interrupted}", file=sys.stderr, flush=True)
+        return INTERRUPTED
+    finally:
+        _leave_ray()
 
 
-def _stopped(interrupted: str) -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    print(f"\n{interrupted}", file=sys.stderr, flush=True)
-    return INTERRUPTED
+def _leave_ray() -> None:
+    """Ends a cluster that was started here. Ray is not imported for that if nothing has needed it."""
+    if "ray" in sys.modules:
+        from rayva.orchestration.startup import stop_ray
+
+        stop_ray()
+    elif (worker := sys.modules.get("ray._private.worker")) is not None:
+        # Interrupted while it was imported: it has nothing to end, and would trip over what is missing.
+        atexit.unregister(worker.shutdown)
 
 
 def command_again() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import atexit
 import logging
 import os
 import sys
@@ -50,10 +49,7 @@ def main(
     options = _parser(only, steps).parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     stopped = f"Stopped. Finished steps are kept; go on with:\n  {command_again()}"
-    try:
-        return guarded(lambda: _run(options, only, steps, job), stopped)
-    finally:
-        _leave_ray()
+    return guarded(lambda: _run(options, only, steps, job), stopped)
 
 
 def _parser(only: str | None, steps: Sequence[Step]) -> argparse.ArgumentParser:
@@ -131,14 +127,3 @@ def storage_root(given: str | None, recipe: Recipe) -> str:
             "give an absolute path that all nodes share, or a URI such as s3://bucket/run",
         )
     return given
-
-
-def _leave_ray() -> None:
-    """Ends a cluster that was started here. Ray is not imported for that if nothing has needed it."""
-    if "ray" in sys.modules:
-        from rayva.orchestration.startup import stop_ray
-
-        stop_ray()
-    elif (worker := sys.modules.get("ray._private.worker")) is not None:
-        # Interrupted while it was imported: it has nothing to end, and would trip over what is missing.
-        atexit.unregister(worker.shutdown)

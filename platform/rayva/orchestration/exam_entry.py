@@ -156,13 +156,7 @@ def _run(options: argparse.Namespace) -> int:
         os.environ.setdefault("MPLCONFIGDIR", storage.path(".cache/matplotlib"))
     if remote is None:
         _with_ray(storage)
-    try:
-        figures = run_exam(exam, storage)
-    finally:
-        if remote is None:
-            from rayva.orchestration.startup import stop_ray
-
-            stop_ray()
+    figures = run_exam(exam, storage)
     print(json.dumps(figures, indent=1))
     return 0
 

@@ -44,13 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     stopped = "Stopped. Answers are kept; the same command goes on."
-    try:
-        return guarded(lambda: _run(options), stopped)
-    finally:
-        if "ray" in sys.modules:
-            from rayva.orchestration.startup import stop_ray
-
-            stop_ray()
+    return guarded(lambda: _run(options), stopped)
 
 
 def _parser() -> argparse.ArgumentParser:
