@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -80,25 +81,34 @@ def test_a_flat_row_equals_samples_alone(checkpointing: bool) -> None:
 
 @pytest.mark.parametrize("scaling", [None, 0.2])
 @pytest.mark.parametrize(("heads", "shared"), [(6, 3), (4, 1)])
-@pytest.mark.parametrize("lengths", [[1, 7, 30], [attention._PRODUCTS_UP_TO + 1, 5]])
-def test_half_precision_on_a_cpu_is_as_near_to_fp32_as_torch_is(
-    lengths: list[int], heads: int, shared: int, scaling: float | None
+@pytest.mark.parametrize("lengths", [[1, 7, 30], [192, 191, 193], [128, 320, 449], [1449, 5]])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)], ids=["fp32", "bf16"]
+)
+def test_every_sample_is_attended_to_as_torch_does_in_double_precision(
+    dtype: torch.dtype, tolerance: float, lengths: list[int], heads: int, shared: int, scaling: float | None
 ) -> None:
-    """Values and gradients, sample by sample; the long one goes through torch's own kernel."""
+    """Values and gradients, at the lengths where the way of computing changes."""
     torch.manual_seed(0)
     total = sum(lengths)
     whole = [torch.randn(1, n, total, 16) for n in (heads, heads // shared, heads // shared)]
     borders = sample_borders(lengths, torch.device("cpu"))
     upstream = torch.randn(1, total, heads, 16)
 
-    def attended(dtype: torch.dtype) -> list[Tensor]:
-        inputs = [x.to(dtype).requires_grad_() for x in whole]
-        out, _ = attention._attend(torch.nn.Module(), *inputs, None, scaling=scaling, **borders)
-        return [out, *torch.autograd.grad(out, inputs, upstream.to(dtype))]
+    inputs = [x.to(dtype).requires_grad_() for x in whole]
+    out, _ = attention._attend(torch.nn.Module(), *inputs, None, scaling=scaling, **borders)
+    found = [out, *torch.autograd.grad(out, inputs, upstream.to(dtype))]
 
-    for half, exact in zip(attended(torch.bfloat16), attended(torch.float32), strict=True):
-        assert half.dtype == torch.bfloat16
-        torch.testing.assert_close(half.float(), exact, atol=0.03, rtol=0.03)
+    exact = [x.double().requires_grad_() for x in whole]
+    parts = zip(*(torch.split(x, lengths, dim=2) for x in exact), strict=True)
+    alone = [
+        scaled_dot_product_attention(*part, is_causal=True, scale=scaling, enable_gqa=True) for part in parts
+    ]
+    expected = torch.cat(alone, dim=2).transpose(1, 2)
+    wanted = [expected, *torch.autograd.grad(expected, exact, upstream.double())]
+    for one, reference in zip(found, wanted, strict=True):
+        assert one.dtype == dtype
+        torch.testing.assert_close(one.double(), reference, atol=tolerance, rtol=tolerance)
 
 
 def test_prepared_models_compute_padded_batches_as_before() -> None:

@@ -23,8 +23,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "rayva_isolated"
 _OTHER_SETTINGS = ("attn_logit_softcapping", "attention_chunk_size", "attention_dropout", "attn_pdrop")
-_PRODUCTS_UP_TO = 1024
-"""Tokens up to which a sample's scores are kept for the backward pass (2 MiB a head in bf16)."""
+_BLOCK = 128
+"""Queries whose scores are one product on a CPU; they leave out the keys behind them."""
+_PRODUCTS = {torch.bfloat16: range(1449), torch.float32: range(192, 725)}
+"""Lengths for which they are faster on CPUs, and a head's scores, which the backward pass needs, not too
+large: 2 MiB in bf16, 1 MiB in fp32. (docs/benchmarks.md)"""
 _FLASH_CAPABILITY = 8
 """Compute capability (major) from which torch's variable-length kernel works."""
 
@@ -81,21 +84,30 @@ def _attend(
     grouped = query_BATD.shape[1] != key_BKTD.shape[1]
     if _has_kernel(query_BATD, value_BKTD):
         return _varlen(query_BATD, key_BKTD, value_BKTD, cu_seq_lens_q, max_length_q, scaling, grouped), None
-    lengths = cu_seq_lens_q.diff().tolist()
+    return _attend_each(query_BATD, key_BKTD, value_BKTD, cu_seq_lens_q, scaling, grouped), None
+
+
+# Lengths differ from batch to batch: it would be compiled for each.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _attend_each(
+    query_BATD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, starts: Tensor, scaling: float | None,
+    grouped: bool,
+) -> Tensor:  # fmt: skip
+    """Each sample by itself: [B, T, A, D]."""
+    lengths = starts.diff().tolist()
     # Split, not sliced: the gradients of slices would each be as large as the row.
     parts = (torch.split(x, lengths, dim=2) for x in (query_BATD, key_BKTD, value_BKTD))
     attended = [
         _attend_one(query, key, value, scaling, grouped) for query, key, value in zip(*parts, strict=True)
     ]
-    return torch.cat(attended, dim=2).transpose(1, 2), None
+    return torch.cat(attended, dim=2).transpose(1, 2)
 
 
 def _attend_one(
     query_BATD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, scaling: float | None, grouped: bool
 ) -> Tensor:
     """Causal attention of one sample: [B, A, T, D]."""
-    length = query_BATD.shape[2]
-    if query_BATD.dtype == torch.bfloat16 and not query_BATD.is_cuda and length <= _PRODUCTS_UP_TO:
+    if not query_BATD.is_cuda and query_BATD.shape[2] in _PRODUCTS.get(query_BATD.dtype, ()):
         return _by_products(query_BATD, key_BKTD, value_BKTD, scaling)
     return scaled_dot_product_attention(
         query_BATD, key_BKTD, value_BKTD, is_causal=True, scale=scaling, enable_gqa=grouped
@@ -103,25 +115,35 @@ def _attend_one(
 
 
 def _by_products(query_BATD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, scaling: float | None) -> Tensor:
-    """The same, as two matrix products: on CPUs, torch's fused kernel is far slower than these in bf16.
+    """The same, as two matrix products for each block of queries: faster on CPUs than torch's fused kernel.
 
-    Scores are kept in bf16, as in transformers' eager attention; the softmax sums in fp32. Query heads that
-    share a key head stand behind one another in one product.
+    Scores are kept in the precision of the queries, as in transformers' eager attention; the softmax sums in
+    fp32. Query heads that share a key head stand behind one another in one product.
     """
     _, heads, length, size = query_BATD.shape
-    shared = heads // key_BKTD.shape[1]
-    scaled_KSD = (query_BATD * (size**-0.5 if scaling is None else scaling)).reshape(
-        -1, shared * length, size
-    )
-    mask_ST = _causal_mask(length, shared, query_BATD.dtype)
-    scores_KST = torch.baddbmm(mask_ST, scaled_KSD, key_BKTD[0].transpose(1, 2))
-    mixed_KSD = scores_KST.softmax(-1) @ value_BKTD[0]
-    return mixed_KSD.view(1, heads, length, value_BKTD.shape[-1])  # values may be of another size
+    key_heads = key_BKTD.shape[1]
+    scaled = query_BATD * (size**-0.5 if scaling is None else scaling)
+    grouped_KSTD = scaled.reshape(key_heads, heads // key_heads, length, size)
+    mixed = []
+    for start, end in _blocks(length):
+        mask_ST = _causal_mask(start, end, heads // key_heads, query_BATD.dtype)
+        block_KSD = grouped_KSTD[:, :, start:end].reshape(key_heads, -1, size)
+        scores_KST = torch.baddbmm(mask_ST, block_KSD, key_BKTD[0, :, :end].transpose(1, 2))
+        mixed_KSD = scores_KST.softmax(-1) @ value_BKTD[0, :, :end]
+        mixed.append(mixed_KSD.view(1, heads, end - start, -1))  # values may be of another size
+    return torch.cat(mixed, dim=2)
 
 
-@functools.lru_cache(maxsize=16)
-def _causal_mask(length: int, shared: int, dtype: torch.dtype) -> Tensor:
-    return torch.full((length, length), -torch.inf, dtype=dtype).triu(1).repeat(shared, 1)
+def _blocks(length: int) -> list[tuple[int, int]]:
+    """Beginnings and ends; a rest of less than half a block goes with the last one."""
+    count = max(1, round(length / _BLOCK))
+    return [(i * _BLOCK, (i + 1) * _BLOCK if i + 1 < count else length) for i in range(count)]
+
+
+@functools.lru_cache(maxsize=64)
+def _causal_mask(start: int, end: int, shared: int, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores of these queries, `shared` times behind one another: [S, end]."""
+    return torch.full((end - start, end), -torch.inf, dtype=dtype).triu(start + 1).repeat(shared, 1)
 
 
 def _has_kernel(query_BATD: Tensor, value_BKTD: Tensor) -> bool:
