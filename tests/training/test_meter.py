@@ -15,6 +15,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from rayva.model.batch import collate
 from rayva.model.freeze import apply_freeze_policy
+from rayva.model.isolation import narrow_last_mlp
 from rayva.model.vlm import VisionLanguageModel
 from rayva.text.special import IMAGE_TOKEN_INDEX
 from rayva.training.clock import ForwardClock
@@ -24,10 +25,13 @@ from tests.elastic.support import PATIENCE_SECONDS, start_ranks
 from tests.training.support import FolderHooks, tiny_job
 
 
+@pytest.mark.parametrize("narrowed", [False, True])
 @pytest.mark.parametrize("trained", ["projector", "all"])
-def test_operations_are_those_that_torch_counts(trained: Literal["projector", "all"]) -> None:
+def test_operations_are_those_that_torch_counts(trained: Literal["projector", "all"], narrowed: bool) -> None:
     """Attention apart: torch counts whole squares, and what the mask leaves out is not needed."""
     job = tiny_job(micro_batch_size=1)
+    if narrowed:
+        assert narrow_last_mlp(job.model)
     apply_freeze_policy(job.model, trained)
     flops = ModelFlops.of(job.model)
     example = next(e for i in range(9) if (e := job.source.example(i, 0, Counter())) and e.image_ids)

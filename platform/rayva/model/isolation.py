@@ -8,9 +8,9 @@ models would stay right, so a short pair of samples is run through each layout a
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from torch import Tensor
 from rayva.errors import WeightsError
 from rayva.model.attention import isolate_samples
 from rayva.model.batch import Batch, Row, collate, collate_flat, collate_packed
+from rayva.model.last_mlp import last_mlp
 from rayva.model.vlm import VisionLanguageModel
 from rayva.text.special import IGNORE_INDEX
 
@@ -28,6 +29,8 @@ Layout = Literal["flat", "rows", "padded"]
 """How a micro-batch's samples lie: one behind the other in one row without padding; packed into rows, with
 a block mask; or a row for each."""
 
+Found = TypeVar("Found")
+
 _LENGTHS = (13, 9)
 _TOLERANCE = 1e-4
 """Of the hidden states' norm in fp32: rounding is far below, another sample's influence far above."""
@@ -35,20 +38,32 @@ _TOLERANCE = 1e-4
 
 def agreed_layout(model: VisionLanguageModel, packing: bool) -> Layout:
     """`find_layout` of rank 0, whose trial takes memory for the weights in fp32; every rank calls it."""
-    told: list[Layout | WeightsError | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            told = [find_layout(model, packing)]
-        except WeightsError as error:
-            told = [error]
-    dist.broadcast_object_list(told, src=0)
-    (layout,) = told
-    if isinstance(layout, WeightsError):
-        raise layout
-    assert layout is not None
+    layout = _tried_by_rank_0(lambda: find_layout(model, packing))
     if layout == "flat":
         isolate_samples(model.language)
     return layout
+
+
+def agree_on_last_mlp(model: VisionLanguageModel) -> None:
+    """`narrow_last_mlp`, tried by rank 0; every rank calls it."""
+    if model.last_mlp is None and _tried_by_rank_0(lambda: narrow_last_mlp(model)) and dist.get_rank() != 0:
+        model.last_mlp = last_mlp(model.language)
+
+
+def _tried_by_rank_0(trial: Callable[[], Found]) -> Found:
+    """What the trial gives on rank 0, or its error, on every rank."""
+    told: list[Found | WeightsError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            told = [trial()]
+        except WeightsError as error:
+            told = [error]
+    dist.broadcast_object_list(told, src=0)
+    (found,) = told
+    if isinstance(found, WeightsError):
+        raise found
+    assert found is not None
+    return found
 
 
 def find_layout(model: VisionLanguageModel, packing: bool) -> Layout:
@@ -78,6 +93,29 @@ def find_layout(model: VisionLanguageModel, packing: bool) -> Layout:
             model.language.config.model_type,
         )
     return "padded"
+
+
+@torch.no_grad()
+def narrow_last_mlp(model: VisionLanguageModel) -> bool:
+    """Has the loss compute the last layer's MLP where there are labels alone, if that changes nothing there.
+
+    Returns whether. The model must be whole, on one device.
+    """
+    narrowed = last_mlp(model.language)
+    if narrowed is None:
+        return False
+    batch = collate(_samples(model), model.vision_hidden)
+    positions_S = torch.arange(1, batch.input_ids_BT.numel(), 3)
+    with _evaluating(model), _in_float32(model):
+        expected_MH = model.forward_hidden(batch).flatten(0, 1)
+        if narrowed.is_plain:
+            with narrowed.at(positions_S):
+                found_MH = model.forward_hidden(batch).flatten(0, 1)
+            if _alike(found_MH[positions_S], expected_MH[positions_S]):
+                model.last_mlp = narrowed
+                return True
+    narrowed.remove()
+    return False
 
 
 @torch.no_grad()

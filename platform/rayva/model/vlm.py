@@ -6,13 +6,16 @@ S supervised positions, V vocabulary.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import cast
 
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from rayva.model.attention import sample_borders
 from rayva.model.batch import Batch, ImageCountError
+from rayva.model.last_mlp import LastMlp
 from rayva.model.loss import cross_entropy_sum
 from rayva.model.positions import positions
 from rayva.text.special import IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -25,6 +28,8 @@ class VisionLanguageModel(nn.Module):
         super().__init__()
         self.language = language
         self.projector = projector
+        self.last_mlp: LastMlp | None = None
+        """Set where the loss may leave out what the last layer's MLP gives elsewhere."""
 
     @property
     def vision_hidden(self) -> int:
@@ -82,9 +87,12 @@ class VisionLanguageModel(nn.Module):
         Position t predicts token t + 1. Only supervised positions go through the LM head, in chunks, so that
         logits of the whole batch never exist.
         """
-        hidden_BTH = self.forward_hidden(batch)
-        targets_BT = batch.labels_BT[:, 1:]
+        targets_BT = functional.pad(batch.labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX)
         supervised_BT = targets_BT != IGNORE_INDEX
-        hidden_SH = hidden_BTH[:, :-1][supervised_BT]
+        positions_S = supervised_BT.flatten().nonzero().squeeze(1)
+        with self.last_mlp.at(positions_S) if self.last_mlp else nullcontext():
+            hidden_BTH = self.forward_hidden(batch)
+        hidden_SH = hidden_BTH.flatten(0, 1).index_select(0, positions_S)
+        targets_S = targets_BT.flatten().index_select(0, positions_S)
         head = self.language.get_output_embeddings()
-        return cross_entropy_sum(hidden_SH, targets_BT[supervised_BT], head), supervised_BT.sum()
+        return cross_entropy_sum(hidden_SH, targets_S, head), supervised_BT.sum()

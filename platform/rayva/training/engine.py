@@ -96,6 +96,8 @@ class Engine:
         self._clips_itself = self.zero == 0
         if stage.gradient_checkpointing:
             model.language.gradient_checkpointing_enable({"use_reentrant": False})
+            if model.last_mlp:
+                model.last_mlp.keep_activations()
         if stage.compile:
             compile_layers(model.language)
         model.train()

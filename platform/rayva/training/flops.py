@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig
 
 from rayva.model.vlm import VisionLanguageModel
@@ -60,14 +61,16 @@ class ModelFlops:
             for name, p in language.named_parameters()
             if p.ndim >= 2 and id(p) not in ends
         ]
+        # The last layer's MLP may be computed where there are labels alone.
+        narrowed = {id(p) for p in model.last_mlp.mlp.parameters()} if model.last_mlp else set()
         width = config.num_attention_heads * (
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         )
         projector = [p for p in model.projector.parameters() if p.ndim >= 2]
         # The first matrix of the projector needs no gradient of its input; the others' are left out, too.
         return cls(
-            token=2.0 * sum(p.numel() * share * (2 + p.requires_grad) for p, share in layers),
-            supervised=2.0 * head.weight.numel() * (2 + head.weight.requires_grad),
+            token=_products([one for one in layers if id(one[0]) not in narrowed]),
+            supervised=_products([(head.weight, 1.0), *(one for one in layers if id(one[0]) in narrowed)]),
             image_token=2.0 * sum(p.numel() * (1 + p.requires_grad) for p in projector),
             pair=6.0 * config.num_hidden_layers * width,
         )
@@ -81,6 +84,11 @@ class ModelFlops:
             + self.image_token * image_tokens
             + self.pair * pairs
         )
+
+
+def _products(weights: Sequence[tuple[nn.Parameter, float]]) -> float:
+    """Operations for one position: forward, the gradient of its activations, that of trained weights."""
+    return 2.0 * sum(p.numel() * share * (2 + p.requires_grad) for p, share in weights)
 
 
 def _share_of_experts(config: PretrainedConfig) -> float:
