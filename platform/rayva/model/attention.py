@@ -27,7 +27,7 @@ _BLOCK = 128
 """Queries whose scores are one product on a CPU; they leave out the keys behind them."""
 _PRODUCTS = {torch.bfloat16: range(1449), torch.float32: range(192, 725)}
 """Lengths for which they are faster on CPUs, and a head's scores, which the backward pass needs, not too
-large: 2 MiB in bf16, 1 MiB in fp32. (docs/benchmarks.md)"""
+large: 2 MiB in bf16, 1 MiB in fp32."""
 _FLASH_CAPABILITY = 8
 """Compute capability (major) from which torch's variable-length kernel works."""
 

@@ -106,7 +106,9 @@ def _trainer(work: StageWork, mailbox: Any) -> TorchTrainer:
     filesystem = None if storage.is_local else pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(storage.fs))
     return _Trainer(
         _train_worker,
-        train_loop_config={"work": work, "mailbox": mailbox},
+        # By reference: Ray Train's controller would unpack the work itself, and import all that training
+        # needs for that, before it starts the workers, which then do the same.
+        train_loop_config={"work": ray.put(work), "mailbox": mailbox},
         torch_config=TorchConfig(timeout_s=int(PATIENCE.total_seconds())),
         scaling_config=ScalingConfig(
             num_workers=scaling.workers,
@@ -215,7 +217,7 @@ class _Listener:
 
 def _train_worker(config: dict[str, Any]) -> None:
     """Runs on each worker. An error that only a person can mend ends the job: it is not tried again."""
-    work, mailbox = config["work"], config["mailbox"]
+    work, mailbox = ray.get(config["work"]), config["mailbox"]
     if ray.get(mailbox.error.remote()) is not None:
         return
     try:
