@@ -152,6 +152,7 @@ def parts(out: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.thorough
 def test_killed_and_started_again_it_asks_only_what_was_not_answered(
     folder: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -65,6 +65,7 @@ def failed(request: dict[str, Any], how: int) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.thorough
 def test_from_the_first_file_to_the_last(tmp_path: Path) -> None:
     storage = tmp_path / "storage"
     command = [
