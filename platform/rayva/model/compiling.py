@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
 from transformers import PreTrainedModel
+
+from rayva.model.layers import layers_of
 
 
 def compile_layers(language: PreTrainedModel) -> None:
@@ -11,7 +12,5 @@ def compile_layers(language: PreTrainedModel) -> None:
 
     Layers alike share what is compiled: it takes the time of one layer, not that of the model.
     """
-    base, count = language.base_model, language.config.num_hidden_layers
-    stacks = [part for part in base.modules() if isinstance(part, nn.ModuleList) and len(part) == count]
-    for module in stacks[0] if stacks else [base]:
+    for module in layers_of(language) or [language.base_model]:
         module.compile(dynamic=True)

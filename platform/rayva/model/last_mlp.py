@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from rayva.model.layers import layers_of
+
 
 class LastMlp:
     """Within `at`, the last layer's MLP is computed at the positions given and adds zeros to the others."""
@@ -79,13 +81,7 @@ class LastMlp:
 
 def last_mlp(language: PreTrainedModel) -> LastMlp | None:
     """The last layer's MLP where it stands by that name; whether it may be narrowed is to be tried."""
-    count = language.config.num_hidden_layers
-    stacks = [
-        part
-        for part in language.base_model.modules()
-        if isinstance(part, nn.ModuleList) and len(part) == count
-    ]
-    layer = stacks[0][-1] if stacks else None
+    layer = next(reversed(layers_of(language)), None)
     mlp = getattr(layer, "mlp", None)
     if isinstance(layer, GradientCheckpointingLayer) and isinstance(mlp, nn.Module):
         return LastMlp(layer, mlp)
