@@ -36,18 +36,23 @@ _TOLERANCE = 1e-4
 """Of the hidden states' norm in fp32: rounding is far below, another sample's influence far above."""
 
 
-def agreed_layout(model: VisionLanguageModel, packing: bool) -> Layout:
-    """`find_layout` of rank 0, whose trial takes memory for the weights in fp32; every rank calls it."""
-    layout = _tried_by_rank_0(lambda: find_layout(model, packing))
-    if layout == "flat":
-        isolate_samples(model.language)
+def agree_on_batches(model: VisionLanguageModel, packing: bool, narrow: bool) -> Layout:
+    """`find_layout` and, to `narrow`, `narrow_last_mlp`, both tried by rank 0; every rank calls it.
+
+    Trials take memory for the weights in fp32.
+    """
+
+    def trials() -> tuple[Layout, bool]:
+        with _in_float32(model):  # once, for the trials within
+            return find_layout(model, packing), narrow and model.last_mlp is None and narrow_last_mlp(model)
+
+    layout, narrowed = _tried_by_rank_0(trials)
+    if dist.get_rank() != 0:
+        if layout == "flat":
+            isolate_samples(model.language)
+        if narrowed:
+            model.last_mlp = last_mlp(model.language)
     return layout
-
-
-def agree_on_last_mlp(model: VisionLanguageModel) -> None:
-    """`narrow_last_mlp`, tried by rank 0; every rank calls it."""
-    if model.last_mlp is None and _tried_by_rank_0(lambda: narrow_last_mlp(model)) and dist.get_rank() != 0:
-        model.last_mlp = last_mlp(model.language)
 
 
 def _tried_by_rank_0(trial: Callable[[], Found]) -> Found:

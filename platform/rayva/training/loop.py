@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from rayva.errors import TrainingError
 from rayva.model.freeze import apply_freeze_policy
-from rayva.model.isolation import agree_on_last_mlp, agreed_layout
+from rayva.model.isolation import agree_on_batches
 from rayva.model.lora import add_adapters
 from rayva.model.vlm import VisionLanguageModel
 from rayva.recipes.schema import Stage
@@ -69,9 +69,8 @@ def train(job: TrainJob, hooks: Hooks) -> TrainResult:
         # Machines of another kind than those before: what was trained is worth more than their speed.
         dtype, why = saved, "the checkpoint was trained so"
     logger.info("precision %s: %s", dtype, why)
-    layout = agreed_layout(job.model, stage.packing)
-    if not stage.compile:  # positions that differ from batch to batch do not go through it
-        agree_on_last_mlp(job.model)
+    # Compiled layers are not narrowed: positions that differ from batch to batch do not go through them.
+    layout = agree_on_batches(job.model, stage.packing, narrow=not stage.compile)
     share = Share(dist.get_rank(), dist.get_world_size(), stage.micro_batch_size, layout)
     torch.manual_seed(stage.seed)
     if stage.lora.r:
