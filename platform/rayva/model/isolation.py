@@ -8,9 +8,9 @@ models would stay right, so a short pair of samples is run through each layout a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -29,8 +29,6 @@ Layout = Literal["flat", "rows", "padded"]
 """How a micro-batch's samples lie: one behind the other in one row without padding; packed into rows, with
 a block mask; or a row for each."""
 
-Found = TypeVar("Found")
-
 _LENGTHS = (13, 9)
 _TOLERANCE = 1e-4
 """Of the hidden states' norm in fp32: rounding is far below, another sample's influence far above."""
@@ -41,12 +39,15 @@ def agree_on_batches(model: VisionLanguageModel, packing: bool, narrow: bool) ->
 
     Trials take memory for the weights in fp32.
     """
-
-    def trials() -> tuple[Layout, bool]:
-        with _in_float32(model):  # once, for the trials within
-            return find_layout(model, packing), narrow and model.last_mlp is None and narrow_last_mlp(model)
-
-    layout, narrowed = _tried_by_rank_0(trials)
+    told: list[tuple[Layout, bool] | WeightsError | None] = [None]
+    if dist.get_rank() == 0:
+        told = [_tried(model, packing, narrow)]
+    dist.broadcast_object_list(told, src=0)
+    (found,) = told
+    if isinstance(found, WeightsError):
+        raise found
+    assert found is not None
+    layout, narrowed = found
     if dist.get_rank() != 0:
         if layout == "flat":
             isolate_samples(model.language)
@@ -55,20 +56,13 @@ def agree_on_batches(model: VisionLanguageModel, packing: bool, narrow: bool) ->
     return layout
 
 
-def _tried_by_rank_0(trial: Callable[[], Found]) -> Found:
-    """What the trial gives on rank 0, or its error, on every rank."""
-    told: list[Found | WeightsError | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            told = [trial()]
-        except WeightsError as error:
-            told = [error]
-    dist.broadcast_object_list(told, src=0)
-    (found,) = told
-    if isinstance(found, WeightsError):
-        raise found
-    assert found is not None
-    return found
+def _tried(model: VisionLanguageModel, packing: bool, narrow: bool) -> tuple[Layout, bool] | WeightsError:
+    """The layout and whether the last MLP was narrowed, or the error: the other ranks wait for either."""
+    try:
+        with _in_float32(model):  # once, for the trials within
+            return find_layout(model, packing), narrow and model.last_mlp is None and narrow_last_mlp(model)
+    except WeightsError as error:
+        return error
 
 
 def find_layout(model: VisionLanguageModel, packing: bool) -> Layout:
